@@ -1,0 +1,211 @@
+"""Attention over the tiered cache, registered with transformers under one name; no model code is patched.
+
+The cache layer arrives as an opaque handle (`TieredLayer.update` returns it), so this file decides how its tiers
+are read: softmax attention over the device buffer (kept tokens, then a causal tail), plus the compensation for
+marginal tokens (paper: marginal information compensation). It also lends an eye to the oracle: `AttentionCall`
+asks a forward pass to record attention rows (draft) or to keep its last queries (target).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .cache import TieredLayer
+from .errors import UserError
+
+NAME = "specsmallkv"
+FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis; beyond it the mask costs more
+
+
+class AttentionRows:
+    """Attention probabilities of all heads of one model for a run of consecutive query positions.
+
+    values: (M, T, N) float32, M = layers x query heads; row t belongs to the query at `first_position` + t and is zero
+    beyond it. One sequence at a time.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, num_rows: int, length: int, device: torch.device):
+        self.num_heads, self.first_position = num_heads, 0
+        self.buffer = torch.zeros(num_layers * num_heads, num_rows, length, device=device)
+        self.num_rows, self.length = num_rows, length
+
+    def start(self, first_position: int, num_rows: int) -> None:
+        """Record the next `num_rows` queries, the first of which stands at `first_position`."""
+        self.first_position, self.num_rows = first_position, num_rows
+        self.length = first_position + num_rows
+
+    @property
+    def values(self) -> Tensor:
+        return self.buffer[:, : self.num_rows, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
+
+    def count(self, layer: TieredLayer, num_queries: int) -> int:
+        """How many of the last `num_queries` queries are to be recorded."""
+        return max(0, min(num_queries, layer.seen - self.first_position))
+
+    def store(self, layer_index: int, end: int, probabilities: Tensor) -> None:
+        """probabilities (1, H, r, n): rows of the queries that end before position `end`."""
+        heads = slice(layer_index * self.num_heads, (layer_index + 1) * self.num_heads)
+        last = end - self.first_position
+        rows = self.buffer[heads, last - probabilities.shape[2] : last]
+        rows[..., : probabilities.shape[3]] = probabilities[0]
+        rows[..., probabilities.shape[3] : self.length] = 0
+
+
+@dataclass
+class AttentionCall:
+    """What one forward pass wants of attention: the backend, and optionally its rows or its last queries.
+
+    queries: filled per layer with the last `num_queries` queries, (B, H_q, W, D), after RoPE.
+    """
+
+    backend: str = "sdpa"
+    rows: AttentionRows | None = None
+    num_queries: int = 0
+    queries: dict[int, Tensor] = field(default_factory=dict)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """(q, n) bool, True where attended: the last query sees every key, so all kept tokens are seen by all."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def fold(query: Tensor, num_kv_heads: int) -> Tensor:
+    """(B, H_q, q, D) -> (B, H_kv, group * q, D): query heads that share a KV head become rows of one matrix."""
+    return query.reshape(query.shape[0], num_kv_heads, -1, query.shape[3])
+
+
+def attention_probabilities(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Float32 probabilities (B, H_q, q, n) of causal attention; query (B, H_q, q, D), keys (B, H_kv, n, D)."""
+    scores = (fold(query, keys.shape[1]) @ keys.transpose(2, 3)).float() * scaling
+    scores = scores.view(*query.shape[:3], keys.shape[2])
+    if query.shape[2] > 1:
+        scores = scores.masked_fill(~causal_mask(query.shape[2], keys.shape[2], keys.device), -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def weighted_values(weights: Tensor, values: Tensor) -> Tensor:
+    """(B, H_q, q, D) = weights (B, H_q, q, n) times values (B, H_kv, n, D), heads of a group sharing values."""
+    out = fold(weights.to(values.dtype), values.shape[1]) @ values
+    return out.view(*weights.shape[:3], values.shape[3])
+
+
+def reference_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Softmax attention written out in float32; the yardstick for every other backend."""
+    probabilities = attention_probabilities(query.float(), keys.float(), scaling)
+    return weighted_values(probabilities, values.float()).to(query.dtype)
+
+
+def sdpa_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """torch's fused attention; storage is GQA-native, so no head is ever repeated."""
+    q, n = query.shape[2], keys.shape[2]
+    if q > FOLD_LIMIT:
+        mask = None if q == n else causal_mask(q, n, keys.device)
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+    group = query.shape[1] // keys.shape[1]
+    mask = None if q == 1 else causal_mask(q, n, keys.device).repeat(group, 1)
+    out = F.scaled_dot_product_attention(fold(query, keys.shape[1]), keys, values, attn_mask=mask, scale=scaling)
+    return out.view(query.shape)
+
+
+def flash_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """flash-attn (CUDA): its causal mask is aligned to the last key and its storage GQA-native, as ours."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
+    return flash_attn_func(q, k, v, softmax_scale=scaling, causal=True).transpose(1, 2)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "sdpa": sdpa_attention,
+    "reference": reference_attention,
+    "flash": flash_attention,
+}
+
+
+def compensate(output: Tensor, layer: TieredLayer) -> Tensor:
+    """o = (1 - sum w) o_L + sum w v over the marginal tier; w from `matching.marginal_weights`, output (B, H_q, q, D)."""
+    weights = layer.marginal_weights
+    if weights is None or layer.num_marginal == 0:
+        return output
+    rest = (1 - weights.sum(dim=-1, keepdim=True)).to(output.dtype)
+    return rest * output + weighted_values(weights, layer.marginal_v)
+
+
+def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: AttentionCall) -> Tensor:
+    """Output (B, H_q, q, D) of the last q tokens of a tiered layer, recorded as `call` asks."""
+    if call.num_queries:
+        earlier = call.queries.get(index, query[:, :, :0])
+        call.queries[index] = torch.cat((earlier, query), dim=2)[:, :, -call.num_queries :]
+    count = call.rows.count(layer, query.shape[2]) if call.rows else 0
+    if call.rows and count:
+        probabilities = attention_probabilities(query[:, :, -count:], layer.keys, scaling)
+        call.rows.store(index, layer.seen, probabilities)
+        if count == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
+            return weighted_values(probabilities, layer.values)
+    return compensate(BACKENDS[call.backend](query, layer.keys, layer.values, scaling), layer)
+
+
+def tiered_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,  # the sixth parameter by position: kvpress wraps this call
+    scaling: float | None = None,
+    attention_call: AttentionCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in every layer; plain tensors (any other cache) go to its own SDPA."""
+    if not isinstance(key, TieredLayer):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    output = attend(key, module.layer_idx, query, scale, attention_call or AttentionCall())  # type: ignore[arg-type]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, tiered_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def choose_backend(requested: str, device: torch.device) -> str:
+    """Backend for `model.attention`; "auto" is SDPA. Raises UserError if it is unknown or can't run here."""
+    if requested == "auto":
+        return "sdpa"
+    if requested not in BACKENDS:
+        raise UserError(f"model.attention={requested} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
+    if requested == "flash":
+        _require_flash(device)
+    return requested
+
+
+def _require_flash(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError(f"model.attention=flash needs a CUDA device, not {device.type}; use model.attention=sdpa.")
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "model.attention=flash needs the package flash-attn; pip install 'specsmallkv[flash]' or use "
+            "model.attention=sdpa."
+        ) from error
+
+
+def use_tiered_attention(model: PreTrainedModel) -> None:
+    """Route the model's attention here; harmless for other caches."""
+    model.set_attn_implementation(NAME)

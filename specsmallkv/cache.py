@@ -1,0 +1,315 @@
+"""The tiered KV cache (paper: critical, marginal and evicted tokens), one `TieredLayer` per attention layer.
+
+What lies where, for every batch row and KV head (heads are never repeated in storage):
+
+    device buffer   [ kept: critical K and V, older tokens | tail: recent window, pending tokens, verify block ]
+    marginal        V only, positions beside it
+    host store      K and V of every token older than the tail (residency "offload" only)
+
+The kept region holds any subset of the older tokens, sorted by position; the tail is contiguous and ends at `seen`.
+Keys are stored after RoPE, so positions stay logical and eviction never rotates anything. This file moves memory;
+it does not know who decides what to keep (`policies.py`) nor how attention is computed (`attention.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+RESIDENCIES = ("drop", "offload")
+
+
+@dataclass
+class Candidates:
+    """Tokens older than the coming tail, among which a policy chooses.
+
+    positions: (B, H_kv, n) logical positions; the first `num_with_keys` still have K and V, the rest only V.
+    """
+
+    positions: Tensor
+    num_with_keys: int
+
+
+def select(source: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, H_kv, m) of `source` (B, H_kv, n, D), as a new (B, H_kv, m, D) tensor on the index's device."""
+    batch, heads, length, dim = source.shape
+    index = index.to(source.device)
+    offset = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * length
+    flat = source.reshape(batch * heads * length, dim)  # a view: buffers are handed over whole
+    return flat.index_select(0, (index + offset).flatten()).view(batch, heads, index.shape[2], dim)
+
+
+class TieredLayer(CacheLayerMixin):
+    """One layer's KV cache.
+
+    capacity: tokens the buffer holds until the first `retain` (prompt, new tokens and one verify block).
+    resident_capacity: slots of the buffer that replaces it then; None keeps the first one for good.
+    residency: "drop" frees what is not kept; "offload" keeps all of it in a host store of `capacity` tokens.
+    host: device of that store.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self, capacity: int, resident_capacity: int | None = None, residency: str = "drop", host: str = "cpu"
+    ):
+        super().__init__()
+        assert residency in RESIDENCIES, f"residency is {residency!r}, expected one of {RESIDENCIES}"
+        self.capacity, self.resident_capacity = capacity, resident_capacity
+        self.residency, self.host = residency, host
+        self.shares_memory: bool | None = None  # host and device are one memory; None until the first flush
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.is_initialized = False
+        self.k = self.v = torch.empty(0)  # (B, H_kv, slots, D)
+        self.store_k = self.store_v = torch.empty(0)  # (B, H_kv, capacity, D)
+        self.seen = 0  # logical length, the verify block included
+        self.tail_start = 0  # logical position of the first tail token
+        self.kept_positions = torch.empty(0, 0, 0, dtype=torch.long)  # (B, H_kv, num_kept), sorted
+        self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
+        self.marginal_v = torch.empty(0)  # (B, H_kv, num_marginal, D)
+        self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
+        self.recall_bytes = 0  # moved from the host store since the reset
+        self.num_new = 0  # entries of the last retain that were not resident before, over all heads
+
+    # --- what transformers calls -------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, dim = key_states.shape
+        self.k, self.v = (x.new_empty(batch, heads, self.capacity, dim) for x in (key_states, value_states))
+        self.kept_positions = self.marginal_positions = torch.empty(
+            batch, heads, 0, dtype=torch.long, device=key_states.device
+        )
+        self.marginal_v = value_states.new_empty(batch, heads, 0, dim)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append to the tail; returns this layer twice, as the opaque handle that the attention function unpacks."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.num_slots, self.num_slots + key_states.shape[2]
+        assert end <= self.k.shape[2], f"{end} slots needed, {self.k.shape[2]} allocated"
+        self.k[:, :, start:end], self.v[:, :, start:end] = key_states, value_states
+        self.seen += key_states.shape[2]
+        return self, self
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.seen  # logical: transformers derives positions from it
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        return self.num_slots + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self, *args: Any) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    def crop(self, n: int) -> None:
+        """transformers' name for rollback: n < 0 drops -n tokens, n > 0 cuts to n tokens, 0 does nothing."""
+        self.rollback(-n if n <= 0 else max(self.seen - n, 0))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.k.shape[:2], self.num_slots, self.k.shape[3]))
+
+    # --- contents ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_kept(self) -> int:
+        return self.kept_positions.shape[2]
+
+    @property
+    def num_marginal(self) -> int:
+        return self.marginal_positions.shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the device buffer in use: kept and tail."""
+        return self.num_kept + self.seen - self.tail_start
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        return self.k[:, :, : self.num_slots]
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        pass  # the base class assigns None
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self.v[:, :, : self.num_slots]
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        pass
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, H_kv, num_slots) logical position of every slot, ascending."""
+        tail = torch.arange(self.tail_start, self.seen, device=self.kept_positions.device)
+        return torch.cat((self.kept_positions, tail.expand(*self.kept_positions.shape[:2], -1)), dim=2)
+
+    # --- one round ---------------------------------------------------------------------------------------------
+
+    def rollback(self, n: int) -> None:
+        """Drop the last n tokens, all of them still in the tail."""
+        assert 0 <= n <= self.seen - self.tail_start, f"cannot roll back {n} of {self.seen - self.tail_start}"
+        self.seen -= n
+
+    def candidates(self, tail_start: int) -> Candidates:
+        """What may be kept of the tokens before `tail_start`: with a host store all, else what is still here."""
+        device = self.kept_positions.device
+        if self.residency == "offload":
+            everything = torch.arange(tail_start, device=device)
+            return Candidates(everything.expand(*self.kept_positions.shape[:2], -1), tail_start)
+        with_keys = self.positions[:, :, : self.num_kept + tail_start - self.tail_start]
+        return Candidates(torch.cat((with_keys, self.marginal_positions), dim=2), with_keys.shape[2])
+
+    def retain(self, critical: Tensor, marginal: Tensor, tail_start: int) -> None:
+        """Make these candidates the resident set: evict the others and, from a host store, recall what is missing.
+
+        critical (B, H_kv, c), marginal (B, H_kv, m): indices into `candidates(tail_start)`, both sorted by position;
+        tokens from `tail_start` on become the tail.
+        """
+        positions = self.candidates(tail_start).positions
+        tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
+        tail_k, tail_v = self.k[:, :, tail].clone(), self.v[:, :, tail].clone()
+        if self.residency == "offload":
+            self._flush(tail_start)
+            kept_k, kept_v = self._recall(critical)
+            marginal_v = select(self.store_v, marginal).to(self.v.device)
+        else:
+            kept_k, kept_v = select(self.k, critical), select(self.v, critical)
+            marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
+        self._shrink()
+        kept, length = critical.shape[2], critical.shape[2] + tail_k.shape[2]
+        self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
+        self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
+        self.kept_positions, self.tail_start = positions.gather(2, critical), tail_start
+        self.marginal_v, self.marginal_positions = marginal_v, positions.gather(2, marginal)
+        self.marginal_weights = None
+
+    def _flush(self, tail_start: int) -> None:
+        """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
+        if not self.store_k.numel():
+            self.store_k, self.store_v = self.k.to(self.host), self.v.to(self.host)
+            if self.shares_memory is None:
+                self.shares_memory = self.store_k.device == self.k.device
+            return
+        old, new = self.num_kept, self.num_kept + tail_start - self.tail_start
+        self.store_k[:, :, self.tail_start : tail_start] = self.k[:, :, old:new].to(self.host)
+        self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
+
+    def _recall(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V at positions `wanted` (B, H_kv, c). Over a bus only the entries that are not resident move."""
+        slot, resident = self._resident_slots(wanted)
+        self.num_new = int((~resident).sum())
+        self.recall_bytes += self.num_new * self.entry_bytes
+        if self.shares_memory:
+            return select(self.store_k, wanted), select(self.store_v, wanted)
+        missing = (~resident).flatten().nonzero().squeeze(1)
+        return (
+            self._fill(self.k, self.store_k, slot, wanted, missing),
+            self._fill(self.v, self.store_v, slot, wanted, missing),
+        )
+
+    def _fill(self, buffer: Tensor, store: Tensor, slot: Tensor, wanted: Tensor, missing: Tensor) -> Tensor:
+        filled = select(buffer, slot)
+        head = torch.arange(wanted.shape[0] * wanted.shape[1], device=wanted.device).view(*wanted.shape[:2], 1)
+        source = (wanted + head * store.shape[2]).flatten()[missing].to(store.device)
+        rows = store.reshape(-1, store.shape[3]).index_select(0, source)
+        filled.view(-1, store.shape[3])[missing] = rows.to(buffer.device, non_blocking=True)
+        return filled
+
+    def _resident_slots(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Slot of each wanted position (0 where absent) and whether it is resident; both (B, H_kv, c)."""
+        have = self.positions
+        slot = torch.searchsorted(have.contiguous(), wanted.contiguous()).clamp_(max=max(have.shape[2] - 1, 0))
+        resident = have.gather(2, slot) == wanted
+        return slot.masked_fill(~resident, 0), resident
+
+    def _shrink(self) -> None:
+        """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one."""
+        slots = self.resident_capacity or self.capacity
+        if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():
+            batch, heads, _, dim = self.k.shape
+            self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (self.k, self.v))
+
+    # --- bytes, counted from the tensors ------------------------------------------------------------------------
+
+    @property
+    def entry_bytes(self) -> int:
+        """K and V of one token in one head."""
+        return 2 * self.k.shape[3] * self.k.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V in use on the device."""
+        return self.keys.nbytes + self.values.nbytes + self.marginal_v.nbytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + self.marginal_v.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in use in the host store: every token older than the tail."""
+        if not self.store_k.numel():
+            return 0
+        return 2 * self.store_k[:, :, : self.tail_start].nbytes
+
+    @property
+    def full_nbytes(self) -> int:
+        """What a full cache of the same logical length holds."""
+        return self.k.shape[0] * self.k.shape[1] * self.seen * self.entry_bytes
+
+
+class TieredCache(Cache):
+    """All layers of one model. The draft's cache is one that never retains, i.e. a preallocated full cache."""
+
+    layers: list[TieredLayer]  # type: ignore[assignment]
+
+    def __init__(self, num_layers: int, capacity: int, **layer_options: Any):
+        super().__init__(layers=[TieredLayer(capacity, **layer_options) for _ in range(num_layers)])
+
+    @property
+    def seen(self) -> int:
+        return self.layers[0].seen
+
+    def rollback(self, n: int) -> None:
+        """Drop the last n tokens from every layer."""
+        for layer in self.layers:
+            layer.rollback(n)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        return sum(layer.allocated_nbytes for layer in self.layers)
+
+    @property
+    def host_nbytes(self) -> int:
+        return sum(layer.host_nbytes for layer in self.layers)
+
+    @property
+    def full_nbytes(self) -> int:
+        return sum(layer.full_nbytes for layer in self.layers)
+
+    @property
+    def recall_bytes(self) -> int:
+        return sum(layer.recall_bytes for layer in self.layers)
+
+    def kept_per_layer(self) -> list[dict[str, int]]:
+        """Per layer: critical (K and V, tail included), marginal (V only) and total tokens of each KV head."""
+        return [
+            {"critical": layer.num_slots, "marginal": layer.num_marginal, "total": layer.seen}
+            for layer in self.layers
+        ]

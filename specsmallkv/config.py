@@ -1,0 +1,139 @@
+"""The structured schema of a run and the checks that need no model.
+
+Hydra fills these dataclasses from `conf/`, so a mistyped key or a wrong type is refused at composition.
+`check` refuses values that would only fail later. Nothing here knows the command line or loads a model.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+
+from .errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+DTYPES = ("bfloat16", "float16", "float32")
+ATTENTIONS = ("auto", "sdpa", "reference", "flash")
+SPECULATIONS = ("draft", "none")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+CONFIG_DIR = next(
+    (path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf"
+)
+PROMPT_SOURCES = ("prompt", "prompt_file", "messages_file", "prompts_file")
+Rule = tuple[bool, str, object, str]  # valid?, key, value, remedy
+
+
+# OmegaConf reads Optional[...] where the rest of the package writes `| None`.
+@dataclass
+class ModelConfig:
+    name: str  # what records and run directories call the pair
+    target: str  # source string of the large model
+    draft: Optional[str]  # source string of the small model; None: there is none
+    dtype: str
+    device: str
+    attention: str
+
+
+@dataclass
+class SpeculationConfig:
+    name: str
+    num_draft_tokens: int = 3
+    adaptive: bool = False
+
+
+@dataclass
+class RunConfig:
+    model: ModelConfig
+    policy: Any
+    speculation: SpeculationConfig
+    task: Any
+    prompt: Optional[str] = None  # the prompt itself; with no source given, a built-in long document
+    prompt_file: Optional[str] = None  # one prompt, UTF-8 text
+    messages_file: Optional[str] = None  # one conversation: a JSON list of {"role", "content"}
+    prompts_file: Optional[str] = None  # several: JSONL rows {"prompt": ...} or {"messages": [...]}
+    chat: Optional[bool] = None  # apply the chat template; None: if the tokenizer has one
+    batch_size: int = 1
+    max_new_tokens: int = 128
+    ignore_eos: bool = False  # go on after an end-of-sequence token, for measuring
+    stop: list[str] = field(default_factory=list)  # strings that end the text
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    seed: int = 0
+    report: bool = False
+    quiet: bool = False  # no live status and no table on stderr
+    run_dir: Optional[str] = None  # where the record goes; None: Hydra's directory of the run
+
+
+ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def check(config: RunConfig) -> None:
+    """Raise a UserError for the first value that no run can use."""
+    for valid, key, value, remedy in (*_model_rules(config.model), *_run_rules(config)):
+        if not valid:
+            raise UserError(f"{key}={value!r} is not possible; {remedy}.")
+    _check_combinations(config)
+    _check_unreleased(config)
+
+
+def _model_rules(model: ModelConfig) -> Iterator[Rule]:
+    yield bool(model.name.strip()), "model.name", model.name, "give the pair a name"
+    yield bool(model.target.strip()), "model.target", model.target, "name a hub id or a local directory"
+    yield model.dtype in DTYPES, "model.dtype", model.dtype, f"use {', '.join(DTYPES)}"
+    yield model.attention in ATTENTIONS, "model.attention", model.attention, f"use {', '.join(ATTENTIONS)}"
+    known_device = DEVICE.fullmatch(model.device) is not None
+    yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda or cuda:N"
+
+
+def _run_rules(config: RunConfig) -> Iterator[Rule]:
+    name, num = config.speculation.name, config.speculation.num_draft_tokens
+    yield name in SPECULATIONS, "speculation.name", name, f"use {', '.join(SPECULATIONS)}"
+    enough = num >= (1 if name == "draft" else 0)
+    yield enough, "speculation.num_draft_tokens", num, "use 1 or more, or set speculation=none"
+    yield config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "use 1 or more"
+    yield config.batch_size >= 1, "batch_size", config.batch_size, "use 1 or more"
+    temperature = config.temperature
+    yield 0 <= temperature < math.inf, "temperature", temperature, "use 0 (greedy) or a positive number"
+    yield 0 < config.top_p <= 1, "top_p", config.top_p, "use a number in (0, 1]; 1 turns it off"
+    yield config.top_k >= 0, "top_k", config.top_k, "use a positive number, or 0 to turn it off"
+    yield 0 <= config.seed < 2**63, "seed", config.seed, "use a number from 0 to 2**63 - 1"
+    yield all(config.stop), "stop", config.stop, "leave the empty string out"
+    if config.prompt is not None:
+        yield bool(config.prompt.strip()), "prompt", config.prompt, "type some text, or leave it out"
+        yield _is_text(config.prompt), "prompt", config.prompt, "give UTF-8 text"
+
+
+def _check_combinations(config: RunConfig) -> None:
+    given = [name for name in PROMPT_SOURCES if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are given together; keep one of them.")
+    if config.messages_file is not None and config.chat is False:
+        raise UserError(
+            "chat=false leaves the messages_file without the template it needs; drop one of them."
+        )
+
+
+def _check_unreleased(config: RunConfig) -> None:
+    if config.speculation.adaptive:
+        raise UserError("speculation.adaptive=true is not in this release; set num_draft_tokens instead.")
+    if config.report:
+        raise UserError("report=true is not in this release; the JSON record holds every number of the run.")
+    if config.batch_size != 1:
+        raise UserError(
+            f"batch_size={config.batch_size} is not in this release; "
+            "leave it at 1: the prompts of a prompts_file run one after another."
+        )
+
+
+def _is_text(value: str) -> bool:
+    """False for what the shell handed over as bytes that are no UTF-8 (lone surrogates)."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

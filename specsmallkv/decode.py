@@ -1,0 +1,350 @@
+"""The loop: prefill, then draft -> plan -> recall -> verify -> accept -> rollback -> evict, until done.
+
+Pure token ids: it knows nothing about text, prompts or configuration (`generator.py` does). One sequence at a time.
+The draft always runs before the target, so its attention rows for the very tokens to be verified are at hand.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import AttentionCall, AttentionRows, use_tiered_attention
+from .cache import TieredCache
+from .matching import marginal_weights
+from .oracle import AttentionOracle
+from .policies import Evidence, Policy
+from .sampling import Sampler
+from .speculation import accept, match_vocabulary, propose
+
+PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
+
+
+@dataclass
+class Round:
+    """What one verify pass gave: the emitted tokens (accepted drafts, then correction or bonus)."""
+
+    tokens: list[int]
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+@dataclass
+class Counters:
+    """Sums over the rounds after prefill; seconds per phase."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    new_entries: list[float] = field(default_factory=list)
+    max_target_bytes: int = 0
+    full_bytes_then: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def add(self, emitted: int, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        self.emitted += emitted
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def see(self, cache: TieredCache) -> None:
+        """Note the fullest moment of the device cache."""
+        if (used := cache.nbytes) >= self.max_target_bytes:
+            self.max_target_bytes, self.full_bytes_then = used, cache.full_nbytes
+
+
+@dataclass
+class Sequence:
+    """One sequence in work. tokens: prompt and output; the last one is not yet in the target's cache."""
+
+    tokens: list[int]
+    limit: int  # longest `tokens` may become
+    target: TieredCache
+    draft: TieredCache | None
+    evidence: Evidence
+    observed: bool = False  # the observation window has been read
+    counters: Counters = field(default_factory=Counters)
+
+
+class Decoder:
+    """Decodes with one target, optionally a draft, under one policy.
+
+    num_draft_tokens: 0 turns speculation off; the draft then runs in lockstep as oracle, if the policy reads it.
+    draft: may be None when neither speculation nor the policy needs one. attention: a name in attention.BACKENDS.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel | None,
+        policy: Policy,
+        num_draft_tokens: int,
+        sampler: Sampler | None = None,
+        attention: str = "sdpa",
+    ):
+        assert draft is not None or not (num_draft_tokens or policy.reads_draft), "this needs a draft model"
+        self.target, self.policy, self.num_draft_tokens = target, policy, num_draft_tokens
+        self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
+        self.sampler, self.attention = sampler or Sampler(), attention
+        self.device, self.vocab_size = target.device, target.config.vocab_size
+        for model in filter(None, (target, self.draft_model)):
+            use_tiered_attention(model)
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: list[int], max_new_tokens: int, stop_ids: set[int] | None = None, seed: int = 0
+    ) -> Iterator[tuple[Round, Sequence]]:
+        """Yields rounds until `max_new_tokens` or a stop id; the first round is the prefill's token."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        sequence = self.start(prompt, max_new_tokens)
+        first, _ = propose(self.prefill(sequence), self.sampler, generator)
+        sequence.tokens.append(first)
+        yield Round([first]), sequence
+        if len(sequence.tokens) < sequence.limit and first not in (stop_ids or ()):
+            self.prefill_draft(sequence)
+            self.evict(sequence, after_prefill=True)
+        while len(sequence.tokens) < sequence.limit and sequence.tokens[-1] not in (stop_ids or ()):
+            yield self.round(sequence, generator, stop_ids or set()), sequence
+
+    def round(self, sequence: Sequence, generator: torch.Generator, stop_ids: set[int]) -> Round:
+        """One verify pass with everything around it."""
+        counters = sequence.counters
+        with counters.timed("draft"):
+            drafts, probabilities = self.draft(sequence, generator)
+        with counters.timed("plan"):
+            self.plan(sequence)
+        with counters.timed("verify"):
+            logits = self.verify(sequence, drafts)
+            accepted, following = accept(drafts, probabilities, logits, self.sampler, generator)
+        emitted = until_stop(drafts[:accepted] + [following], stop_ids)
+        sequence.tokens += emitted
+        with counters.timed("evict"):
+            self.rollback(sequence, len(drafts) + 1 - len(emitted))
+            self.evict(sequence)
+        counters.add(len(emitted), len(drafts), accepted)
+        return Round(emitted, len(drafts), accepted)
+
+    # --- its verbs -------------------------------------------------------------------------------------------------
+
+    def start(self, prompt: list[int], max_new_tokens: int) -> Sequence:
+        """Caches and scratch for one sequence."""
+        limit = len(prompt) + max_new_tokens
+        room = self.num_draft_tokens + 1
+        sizes = self.policy.tiers(limit)
+        resident = sizes.critical + self.policy.evict_block + room if self.policy.evicts else None
+        target = TieredCache(
+            self.target.config.num_hidden_layers,
+            limit + room,
+            resident_capacity=resident,
+            residency=self.policy.residency,
+        )
+        draft = TieredCache(self.draft_model.config.num_hidden_layers, limit + room) if self.draft_model else None
+        evidence = Evidence(scaling=attention_scaling(self.target), oracle=self._oracle(limit + room))
+        return Sequence(list(prompt), limit, target, draft, evidence)
+
+    def prefill(self, sequence: Sequence) -> Tensor:
+        """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
+        prompt = sequence.tokens
+        window = min(self.policy.window_size, len(prompt)) if self.policy.due(len(prompt)) else 0
+        logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window])
+        return self.observe_target(sequence, prompt[-window:]) if window else logits
+
+    def prefill_draft(self, sequence: Sequence) -> None:
+        """Draft reads the prompt, i.e. all tokens that the target's cache holds."""
+        if self.draft_model is not None and sequence.draft is not None:
+            window = len(sequence.evidence.queries[0][0, 0]) if sequence.evidence.queries else 0
+            committed = sequence.tokens[: sequence.target.seen]
+            self._feed(self.draft_model, sequence.draft, committed[: len(committed) - window])
+            if window:
+                self.observe_draft(sequence, committed[-window:])
+
+    def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
+        """Draft tokens with their distributions; one more step, for the last token's rows, if the policy reads them."""
+        drafts: list[int] = []
+        probabilities: list[Tensor | None] = []
+        count, oracle = self._num_drafts(sequence), sequence.evidence.oracle
+        if oracle is not None:
+            oracle.block.start(sequence.target.seen, count + 1)
+        pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
+        for step in range(count + 1 if oracle else count):
+            call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
+            logits = self._forward(self.draft_model, sequence.draft, pending, call)[-1]
+            if step < count:
+                token, distribution = propose(
+                    match_vocabulary(logits, self.vocab_size), self.sampler, generator
+                )
+                drafts.append(token)
+                probabilities.append(distribution)
+                pending = [token]
+        return drafts, probabilities
+
+    def plan(self, sequence: Sequence) -> None:
+        """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all."""
+        oracle = sequence.evidence.oracle
+        if self.policy.every_round and self.policy.due(sequence.target.seen):
+            assert oracle is not None, "a lookahead policy reads the draft"
+            sequence.evidence.saliency = oracle.lookahead_saliency(sequence.target.seen)
+            self._retain(sequence)
+        if self.policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
+            for index, layer in enumerate(sequence.target.layers):
+                if layer.num_marginal:
+                    layer.marginal_weights = marginal_weights(
+                        oracle.predict(index),
+                        layer.kept_positions,
+                        layer.marginal_positions,
+                        layer.tail_start,
+                        self.policy.compensation,
+                    )
+
+    def verify(self, sequence: Sequence, drafts: list[int]) -> Tensor:
+        """One target pass over the last token and the drafts: logits (k + 1, V)."""
+        tokens = [sequence.tokens[-1], *drafts]
+        logits = self._forward(self.target, sequence.target, tokens, AttentionCall(self.attention), len(tokens))
+        sequence.counters.see(sequence.target)
+        return logits
+
+    def rollback(self, sequence: Sequence, rejected: int) -> None:
+        """Drop rejected tokens from both caches; only accepted rows enter the oracle's interval."""
+        oracle = sequence.evidence.oracle
+        if oracle is not None:
+            oracle.commit(oracle.block.num_rows - rejected)
+        sequence.target.rollback(rejected)
+        if sequence.draft is not None:
+            sequence.draft.rollback(max(0, sequence.draft.seen - sequence.target.seen))
+
+    def evict(self, sequence: Sequence, after_prefill: bool = False) -> None:
+        """Static policies evict committed tokens: after prefill, then at multiples of `evict_block`."""
+        seen, evidence = sequence.target.seen, sequence.evidence
+        due_now = self.policy.every_round or after_prefill or seen % self.policy.evict_block == 0
+        if not (due_now and self.policy.due(seen)):
+            return
+        self._observe_if_needed(sequence)
+        if self.policy.every_round:
+            return  # evicts what it plans, with the next block's rows
+        if evidence.oracle is not None:
+            evidence.saliency = evidence.oracle.interval_saliency(seen)
+            evidence.oracle.refresh()
+        self._retain(sequence)
+
+    # --- the observation window ------------------------------------------------------------------------------------
+
+    def observe_target(self, sequence: Sequence, window: list[int]) -> Tensor:
+        """Feed the window to the target and keep its queries; logits (V,) of the last position."""
+        call = AttentionCall(self.attention, num_queries=len(window))
+        logits = self._forward(self.target, sequence.target, window, call)
+        sequence.evidence.queries = call.queries
+        return logits[-1]
+
+    def observe_draft(self, sequence: Sequence, window: list[int]) -> None:
+        """Feed the window to the draft, recording its rows, and fit the head map."""
+        assert self.draft_model is not None and sequence.draft is not None
+        oracle, evidence = sequence.evidence.oracle, sequence.evidence
+        if oracle is None:
+            self._feed(self.draft_model, sequence.draft, window)
+            return
+        end = sequence.draft.seen + len(window)
+        rows = self._rows(len(window), end)
+        rows.start(end - len(window), len(window))
+        self._forward(self.draft_model, sequence.draft, window, AttentionCall(self.attention, rows=rows))
+        oracle.fit(
+            rows.values,
+            evidence.queries,
+            sequence.target,
+            evidence.scaling,
+            self.policy.num_sink_tokens,
+            self.policy.matching,
+        )
+
+    def _observe_if_needed(self, sequence: Sequence) -> None:
+        """A prompt too short to evict left no window: read the last committed tokens once more, now that it matters."""
+        if sequence.evidence.queries:
+            return
+        window = sequence.tokens[: sequence.target.seen][-self.policy.window_size :]
+        start = sequence.target.seen - len(window)
+        sequence.target.rollback(len(window))
+        self.observe_target(sequence, window)
+        if sequence.draft is not None and sequence.evidence.oracle is not None:
+            sequence.draft.rollback(sequence.draft.seen - start)
+            self.observe_draft(sequence, window)
+
+    # --- helpers ---------------------------------------------------------------------------------------------------
+
+    def _num_drafts(self, sequence: Sequence) -> int:
+        """Drafts are cut at the token limit, and where a static policy would evict (its rows must not see past it)."""
+        count = min(self.num_draft_tokens, sequence.limit - len(sequence.tokens) - 1)
+        if self.policy.evicts and not self.policy.every_round:
+            block, seen = self.policy.evict_block, sequence.target.seen
+            count = min(count, block - seen % block - 1)
+        return count
+
+    def _retain(self, sequence: Sequence) -> None:
+        layers = sequence.target.layers
+        for index, layer in enumerate(layers):
+            layer.retain(*self.policy.plan(index, layer, sequence.evidence))
+        kept = sum(layer.kept_positions.numel() for layer in layers)
+        sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
+
+    def _rows(self, num_rows: int, length: int) -> AttentionRows:
+        assert self.draft_model is not None
+        config = self.draft_model.config
+        return AttentionRows(
+            config.num_hidden_layers, config.num_attention_heads, num_rows, length, self.draft_model.device
+        )
+
+    def _oracle(self, capacity: int) -> AttentionOracle | None:
+        if not self.policy.reads_draft:
+            return None
+        rows = self._rows(self.num_draft_tokens + 1, capacity)
+        return AttentionOracle(rows, self.target.config.num_key_value_heads)
+
+    def _feed(self, model: PreTrainedModel, cache: TieredCache, tokens: list[int]) -> Tensor:
+        """Process tokens in chunks; logits (V,) of the last one (empty if there are none)."""
+        logits = torch.empty(0)
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            logits = self._forward(model, cache, chunk, AttentionCall(self.attention))[-1]
+        return logits
+
+    def _forward(
+        self,
+        model: PreTrainedModel | None,
+        cache: TieredCache | None,
+        tokens: list[int],
+        call: AttentionCall,
+        num_logits: int = 1,
+    ) -> Tensor:
+        """Float32 logits (num_logits, V) of the last positions."""
+        assert model is not None and cache is not None
+        ids = torch.tensor([tokens], device=model.device)
+        output = model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=num_logits, attention_call=call
+        )
+        return output.logits[0].float()
+
+
+def attention_scaling(model: PreTrainedModel) -> float:
+    """1 / sqrt(head_dim), as Llama, Qwen2 and Qwen3 scale their scores."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim**-0.5
+
+
+def until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
+    """Tokens up to and including the first stop id."""
+    for i, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: i + 1]
+    return tokens

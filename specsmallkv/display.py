@@ -1,0 +1,102 @@
+"""What a person sees beside the text: live status while waiting and a table at the end, on stderr only.
+
+A live line and streamed text would overwrite each other on one terminal, so the status moves only where stdout is
+piped away or nothing has been printed yet. rich honours NO_COLOR and falls silent where stderr is no terminal.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .generator import Generation
+
+MEBIBYTE = 2**20
+
+
+class Display:
+    """quiet: show nothing at all."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner, on a terminal."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with self.console.status(what):
+            yield
+
+    @contextmanager
+    def progress(self, generation: Generation) -> Iterator[Callable[[], None]]:
+        """Status of one text; call the yielded function after every piece."""
+        status = self.console.status(f"reading a prompt of {len(generation.prompt_ids)} tokens")
+        if self.console.is_terminal:
+            status.start()
+
+        def update() -> None:
+            if sys.stdout.isatty():
+                status.stop()
+            else:
+                status.update(live_line(generation))
+
+        try:
+            yield update
+        finally:
+            status.stop()
+
+    def table(self, record: dict[str, Any]) -> None:
+        """Speed, acceptance and what lies where."""
+        table = Table(title=title(record), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows(record):
+            table.add_row(name, value)
+        self.console.print(table)
+
+
+def live_line(generation: Generation) -> str:
+    count, seconds = len(generation.token_ids), max(generation.seconds, 1e-9)
+    counters = generation.sequence.counters if generation.sequence else None
+    accepted = f", {counters.accepted}/{counters.drafted} drafts accepted" if counters and counters.drafted else ""
+    return f"{count} tokens, {count / seconds:.1f} tokens/s{accepted}"
+
+
+def title(record: dict[str, Any]) -> str:
+    drafts = record["num_draft_tokens"]
+    speculation = f"{drafts} draft tokens" if drafts else "no speculation"
+    return f"{record['model']}: {record['policy']}, kv_budget {record['kv_budget']}, {speculation}"
+
+
+def rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of every figure that the run has."""
+    yield "tokens", f"{record['prompt_tokens']} prompt, {record['new_tokens']} new"
+    yield "speed", (
+        f"{record['tokens_per_second']:.2f} tokens/s in all, {record['decode_tokens_per_second'] or 0:.2f} decoding, "
+        f"first token after {record['ttft_seconds']:.2f} s"
+    )
+    if record.get("acceptance_rate") is not None:
+        yield "speculation", (
+            f"{record['acceptance_rate']:.0%} of {record['drafted_tokens']} drafts accepted, "
+            f"{record['acceptance_length']:.2f} tokens per verify pass"
+        )
+    if "target_kv_bytes" not in record:
+        return
+    full = record["target_kv_bytes_full"]
+    yield "target KV", f"{mebibytes(record['target_kv_bytes'])} of {mebibytes(full)} full ({record['kv_budget_effective']:.1%})"
+    yield "host store", f"{mebibytes(record['target_kv_host_bytes'])}, {mebibytes(record['recall_bytes'])} recalled"
+    yield "draft", f"{mebibytes(record['draft_kv_bytes'])} KV, {mebibytes(record['draft_weight_bytes'])} weights"
+    yield "tiers per head", tiers(record["kept_per_layer"])
+
+
+def tiers(kept: list[dict[str, int]]) -> str:
+    """Mean over layers at the end of the run."""
+    mean = {key: sum(layer[key] for layer in kept) / len(kept) for key in ("critical", "marginal", "total")}
+    return f"{mean['critical']:.0f} critical, {mean['marginal']:.0f} marginal of {mean['total']:.0f} tokens"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / MEBIBYTE:.1f} MiB"

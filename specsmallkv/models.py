@@ -1,0 +1,256 @@
+"""Load a target and a draft that fit each other.
+
+Weights come from safetensors through transformers' own classes; no code from a checkpoint is ever run. Loaded models are
+in eval mode and frozen. Nothing here knows caches, attention or policies.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from . import random_model
+from .config import DTYPES, ModelConfig
+from .errors import UserError
+from .sources import check_weights, model_class, read_config, resolve, typed_config
+from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
+
+DRAFT_KEY = "specsmallkv_draft"  # in the config.json of a draft that `task=distill` wrote
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # model, tokenizer, origin
+
+
+@dataclass
+class ModelPair:
+    """origins: "safetensors", "dequantised GGUF", "random weights" or "distilled draft", as the record shows them."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    target_origin: str
+    draft_origin: str | None
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        configs = (self.target.generation_config, self.target.config, self.tokenizer)
+        ids = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
+        return set(ids) if isinstance(ids, list | tuple) else {ids}
+
+    @property
+    def target_weight_bytes(self) -> int:
+        return _weight_bytes(self.target)
+
+    @property
+    def draft_weight_bytes(self) -> int:
+        """The draft's own tensors; what it shares with the target is counted there."""
+        return _weight_bytes(self.draft, besides=self.target) if self.draft else 0
+
+
+def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> ModelPair:
+    dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
+    if need_draft and not config.draft:
+        raise UserError(
+            f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none."
+        )
+    target, tokenizer, origin = load_target(config.target, dtype, device, quiet)
+    if not (need_draft and config.draft):
+        return ModelPair(target, None, tokenizer, origin, None)
+    draft, draft_tokenizer, draft_origin = load_draft(
+        config.draft, target, dtype, device, config.target, tokenizer, quiet
+    )
+    check_tokenizers_agree(tokenizer, draft_tokenizer, config.target, config.draft)
+    _check_vocabulary_fits(config, target, draft, tokenizer)
+    _warn_if_larger(config, target, draft)
+    return ModelPair(target, draft, tokenizer, origin, draft_origin)
+
+
+def load_target(source: str, dtype: torch.dtype, device: torch.device, quiet: bool = False) -> Loaded:
+    if source.startswith("random:"):
+        model = random_model.build(source).to(device, dtype)
+        return _freeze(model), byte_tokenizer(), "random weights"
+    directory = resolve(source, quiet)
+    model = _load_weights(directory, source, dtype, device, quiet)
+    origin = getattr(model.config, "specsmallkv_origin", "safetensors")
+    return model, load_tokenizer(directory, source), origin
+
+
+def load_draft(
+    source: str,
+    target: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    target_source: str,
+    target_tokenizer: PreTrainedTokenizerBase,
+    quiet: bool = False,
+) -> Loaded:
+    """Any source, or a distilled draft, which uses the target's embeddings and tokenizer."""
+    if source.startswith("random:"):
+        return load_target(source, dtype, device)
+    directory = resolve(source, quiet)
+    facts = read_config(directory, source).get(DRAFT_KEY)
+    if facts is None or not facts["shares_embeddings"]:
+        return load_target(source, dtype, device, quiet)
+    _check_distilled_for(facts, directory, source, target, target_source)
+    model = _load_sharing_embeddings(directory, source, target, dtype, device)
+    return model, target_tokenizer, "distilled draft"
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"model.dtype={name!r} is not possible; use one of {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device={name!r} is no device; use auto, cpu, mps, cuda or cuda:N.") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise UserError(
+            f"model.device={name} is not there ({count.get(device.type, 0)} {device.type} devices); use auto or cpu."
+        )
+    return device
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart, e.g. to key a saved head map: the same for float32 and bfloat16 copies of bfloat16 weights."""
+    config = model.config
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    digest = hashlib.sha256(repr([getattr(config, name) for name in (*names, "vocab_size")]).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load_weights(
+    directory: Path, source: str, dtype: torch.dtype, device: torch.device, quiet: bool
+) -> PreTrainedModel:
+    config = typed_config(directory, source)
+    check_weights(directory, source)
+    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    try:
+        with _loading_messages(quiet):
+            model, report = model_class(read_config(directory, source), source).from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placement,
+            )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{source} does not fit on {device} in {dtype}; use a smaller model or model.device=cpu."
+        ) from error
+    except (OSError, RuntimeError, ImportError, SafetensorError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"the weights of {source} cannot be loaded ({reason}); download them again."
+        ) from error
+    _refuse_incomplete(report["missing_keys"], source)
+    return _freeze(model)
+
+
+def _load_sharing_embeddings(
+    directory: Path, source: str, target: PreTrainedModel, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    config = typed_config(directory, source)
+    check_weights(directory, source)
+    with torch.device("meta"):
+        model = model_class(read_config(directory, source), source)(config)
+    try:
+        weights = load_file(directory / "model.safetensors", device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the weights of {source} cannot be loaded ({error}); fetch them again.") from error
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        getattr(model, name)().weight = getattr(target, name)().weight
+    own = {name: weight.to(dtype) for name, weight in weights.items()}
+    left, unknown = model.load_state_dict(own, strict=False, assign=True)
+    _refuse_incomplete([name for name in left if model.get_parameter(name).is_meta], source)
+    if unknown:
+        raise UserError(
+            f"{source} has unexpected weights such as {unknown[0]}; distil it again with task=distill."
+        )
+    # Its buffers are computed, not stored, and still lie on the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    return _freeze(model)
+
+
+def _check_distilled_for(
+    facts: dict[str, Any], directory: Path, source: str, target: PreTrainedModel, target_source: str
+) -> None:
+    config = typed_config(directory, source)
+    same_shape = all(
+        getattr(config, name) == getattr(target.config, name) for name in ("hidden_size", "vocab_size")
+    )
+    same_target = facts["target"] == target_source or facts.get("target_fingerprint") == fingerprint(target)
+    if not (same_shape and same_target):
+        raise UserError(
+            f"draft {source} was distilled for {facts['target']} and shares its embeddings, so it cannot serve "
+            f"{target_source}; set model.draft to another model or model.target={facts['target']}."
+        )
+
+
+def _check_vocabulary_fits(
+    config: ModelConfig, target: PreTrainedModel, draft: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Matrices may be padded differently, but no token may lie beyond the smaller one."""
+    last, rows = max(live_vocabulary(tokenizer).values()), (target.config.vocab_size, draft.config.vocab_size)
+    if last >= min(rows):
+        raise UserError(
+            f"token id {last} lies beyond the smaller vocabulary of {config.target} ({rows[0]}) and {config.draft} "
+            f"({rows[1]}); set model.draft to a smaller model of the target's own family."
+        )
+
+
+def _warn_if_larger(config: ModelConfig, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (draft, target)]
+    if sizes[0] > sizes[1]:
+        warnings.warn(
+            f"draft {config.draft} ({sizes[0] / 1e6:,.1f}M parameters) is larger than target {config.target} "
+            f"({sizes[1] / 1e6:,.1f}M), so drafting costs more than it saves; are they swapped?",
+            stacklevel=3,
+        )
+
+
+def _refuse_incomplete(missing: Any, source: str) -> None:
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} weights such as {min(missing)}; download it again.")
+
+
+def _weight_bytes(model: PreTrainedModel, besides: PreTrainedModel | None = None) -> int:
+    seen = {p.data_ptr() for p in besides.parameters()} if besides else set()
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() not in seen)
+
+
+def _freeze(model: PreTrainedModel) -> PreTrainedModel:
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _loading_messages(quiet: bool) -> Iterator[None]:
+    """transformers' report of missing weights is checked here, not printed."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if quiet:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,74 @@
+"""The draft as attention oracle: its rows, gathered while it drafts, and what they predict for the target.
+
+One `AttentionOracle` belongs to one sequence. It holds the rows of the coming verify block (scratch that each round
+overwrites) and the running sum of the accepted rows since the last refresh (paper: saliency shift compensation).
+Rejected rows never enter the sum, so there is nothing to roll back but the block itself.
+"""
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionRows, attention_probabilities
+from .cache import TieredCache
+from .matching import HeadMap, HeadMapFit
+
+
+class AttentionOracle:
+    """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity)."""
+
+    def __init__(self, block: AttentionRows, num_kv_heads: int):
+        self.block, self.num_kv_heads = block, num_kv_heads
+        self.head_map: HeadMap | None = None
+        self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
+        self._count = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Scratch on the device."""
+        return self.block.nbytes + self._sum.nbytes
+
+    def fit(
+        self,
+        draft_rows: Tensor,
+        queries: dict[int, Tensor],
+        cache: TieredCache,
+        scaling: float,
+        num_sinks: int,
+        method: str,
+    ) -> None:
+        """Fit the head map on the observation window and let its mean be the first interval.
+
+        draft_rows (M, W, N); queries per target layer (1, H_q, W, D); the cache still holds all N tokens.
+        """
+        fit = HeadMapFit(draft_rows, num_sinks)
+        for index, layer in enumerate(cache.layers):
+            fit.add_layer(attention_probabilities(queries[index], layer.keys, scaling)[0])
+        self.head_map = fit.solve(method)
+        self._sum[:, : draft_rows.shape[2]] = draft_rows.sum(dim=1)
+        self._count = draft_rows.shape[1]
+
+    def commit(self, num_rows: int) -> None:
+        """Add the block's first `num_rows` rows, whose queries were accepted; one by one, so order never matters."""
+        for row in self.block.values[:, :num_rows].unbind(1):
+            self._sum[:, : row.shape[1]] += row
+        self._count += num_rows
+
+    def interval_saliency(self, length: int) -> Tensor:
+        """(L, H_kv, length): mean over the accepted rows since the last refresh, earlier ones halved at each."""
+        assert self.head_map is not None, "the head map is fitted before anybody asks"
+        return self.head_map.saliency(self._sum[:, :length] / max(self._count, 1e-9), self.num_kv_heads)
+
+    def refresh(self) -> None:
+        """Begin a new interval; the past counts half, so that an interval of one or two rows does not decide alone."""
+        self._sum /= 2
+        self._count /= 2
+
+    def lookahead_saliency(self, length: int) -> Tensor:
+        """(L, H_kv, length): mean over the rows of the coming verify block."""
+        assert self.head_map is not None, "the head map is fitted before anybody asks"
+        return self.head_map.saliency(self.block.values[:, :, :length].mean(dim=1), self.num_kv_heads)
+
+    def predict(self, layer: int) -> Tensor:
+        """(H_q, q, N): predicted rows of the coming verify block."""
+        assert self.head_map is not None, "the head map is fitted before anybody asks"
+        return self.head_map.predict(layer, self.block.values)

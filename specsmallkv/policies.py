@@ -1,0 +1,234 @@
+"""Policies: which tokens of the target's cache stay critical, become marginal, or go.
+
+A policy scores candidates; sizes, sinks, recent window and tiers are the same for all of them, so that they compare
+byte for byte. A policy is stateless between sequences: what it freezes lies in the `Evidence` of the sequence.
+To add one: a class with `score`, a YAML in conf/policy, a row in tests/test_policies.py.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import attention_probabilities
+from .cache import RESIDENCIES, Candidates, TieredLayer
+from .errors import UserError
+from .matching import METHODS
+from .oracle import AttentionOracle
+
+
+@dataclass
+class Evidence:
+    """What a policy may look at, for one sequence.
+
+    queries: the target's observation window per layer, (1, H_q, W, D). frozen: per layer, a policy's own memory.
+    saliency: (L, H_kv, N) from the draft, for policies that ask for it. scaling: of the target's attention scores.
+    """
+
+    scaling: float
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    frozen: dict[int, Tensor] = field(default_factory=dict)
+    saliency: Tensor | None = None
+    oracle: AttentionOracle | None = None
+
+
+@dataclass(frozen=True)
+class TierSizes:
+    """Tokens per KV head: critical counts the recent window, marginal entries cost half as much."""
+
+    critical: int
+    marginal: int
+
+
+@dataclass(kw_only=True)
+class Policy(ABC):
+    """Settings common to all policies.
+
+    kv_budget: fraction of the full cache's bytes kept on the device, in (0, 1]. num_sink_tokens: first tokens, always
+    kept. window_size: recent tokens, always kept; also the observation window. evict_block: static policies evict at
+    committed lengths that are multiples of it. residency: "drop" or "offload". Raises UserError for bad values.
+    """
+
+    name: str
+    kv_budget: float = 0.2
+    num_sink_tokens: int = 4
+    window_size: int = 32
+    evict_block: int = 32
+    residency: str = "drop"
+
+    uses_draft = False  # needs the draft's attention rows
+    every_round = False  # plans before each verify pass (else at multiples of evict_block)
+    matching = "mixture"
+    marginal_share = 0.0
+    compensation = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kv_budget <= 1:
+            raise UserError(f"policy.kv_budget={self.kv_budget} is outside (0, 1]; it is the fraction kept, e.g. 0.2.")
+        for key, least in (("num_sink_tokens", 0), ("window_size", 1), ("evict_block", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"policy.{key}={getattr(self, key)} is too small; give at least {least}.")
+        self._one_of("residency", RESIDENCIES)
+
+    def _one_of(self, key: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, key) not in allowed:
+            raise UserError(f"policy.{key}={getattr(self, key)} is unknown; choose one of {', '.join(allowed)}.")
+
+    @property
+    def evicts(self) -> bool:
+        return self.kv_budget < 1
+
+    @property
+    def reads_draft(self) -> bool:
+        """Whether the draft's rows are really needed: nothing is evicted at budget 1."""
+        return self.uses_draft and self.evicts
+
+    def tiers(self, seen: int) -> TierSizes:
+        """Sizes for `seen` committed tokens; sinks and window are kept even where the budget is smaller."""
+        units = self.kv_budget * seen
+        critical = int((1 - self.marginal_share) * units + 1e-9)
+        marginal = int(2 * (units - critical) + 1e-9) if self.marginal_share else 0
+        if critical + marginal > seen:  # near budget 1 there are not enough tokens left to be marginal
+            marginal = int(2 * (seen - units) + 1e-9)
+            critical = int(units - marginal / 2 + 1e-9)
+        least = min(self.num_sink_tokens + self.window_size, seen)
+        if critical < least:
+            critical, marginal = least, max(0, min(int(2 * (units - least)), seen - least))
+        return TierSizes(critical, marginal)
+
+    def due(self, seen: int) -> bool:
+        """Whether a cache of `seen` committed tokens has to be planned now."""
+        return self.evicts and self.tiers(seen).critical < seen
+
+    @abstractmethod
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        """Importance of each candidate, (1, H_kv, n), of target layer `index`; higher stays."""
+
+    def plan(self, index: int, layer: TieredLayer, evidence: Evidence) -> tuple[Tensor, Tensor, int]:
+        """Arguments of `TieredLayer.retain`: critical and marginal candidates and where the tail starts."""
+        sizes, tail_start = self.tiers(layer.seen), layer.seen - min(self.window_size, layer.seen)
+        candidates = layer.candidates(tail_start)
+        scores = self.score(index, layer, candidates, evidence)
+        scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
+        with_keys = scores[..., : candidates.num_with_keys]
+        count = min(sizes.critical - (layer.seen - tail_start), candidates.num_with_keys)
+        critical = with_keys.topk(count, dim=-1).indices.sort(dim=-1).values
+        rest = scores.scatter(-1, critical, -torch.inf)
+        marginal = rest.topk(min(sizes.marginal, rest.shape[-1] - count), dim=-1).indices
+        order = candidates.positions.gather(-1, marginal).argsort(dim=-1)
+        return critical, marginal.gather(-1, order), tail_start
+
+
+@dataclass(kw_only=True)
+class FullCache(Policy):
+    """Keeps everything: the yardstick."""
+
+    kv_budget: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_budget != 1:
+            raise UserError(
+                f"policy.kv_budget={self.kv_budget} contradicts policy=full, which keeps everything; "
+                "choose another policy or leave the budget out."
+            )
+
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        raise AssertionError("the full cache never plans")
+
+
+@dataclass(kw_only=True)
+class StreamingLLM(Policy):
+    """Attention sinks and the most recent tokens (StreamingLLM, arXiv 2309.17453)."""
+
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        return candidates.positions.float()
+
+
+@dataclass(kw_only=True)
+class SnapKV(Policy):
+    """The target's own attention from the prompt's last window, pooled, frozen after the prompt (arXiv 2404.14469).
+
+    kernel_size: of the average pooling over positions, odd. Tokens generated later rank below the prompt, by recency.
+    """
+
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError(f"policy.kernel_size={self.kernel_size} is not a positive odd number; give e.g. 7.")
+
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        if index not in evidence.frozen:
+            evidence.frozen[index] = self._window_scores(evidence.queries[index], layer, evidence.scaling)
+        frozen, positions = evidence.frozen[index], candidates.positions
+        last = frozen.shape[-1] - 1
+        recency = positions / (layer.seen + 1.0) - 1  # below every frozen score, newest highest
+        return torch.where(positions <= last, frozen.gather(-1, positions.clamp(max=last)), recency)
+
+    def _window_scores(self, queries: Tensor, layer: TieredLayer, scaling: float) -> Tensor:
+        window = queries.shape[2]
+        rows = attention_probabilities(queries, layer.keys, scaling)[..., :-window].mean(dim=2)  # (1, H_q, N - W)
+        pooled = F.avg_pool1d(rows, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        return pooled.unflatten(1, (layer.keys.shape[1], -1)).mean(dim=2)
+
+
+@dataclass(kw_only=True)
+class DraftPolicy(Policy):
+    """Scores by the saliency that the draft's attention predicts. matching: "one_hot" or "mixture"."""
+
+    matching: str = "mixture"
+    uses_draft = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("matching", METHODS)
+
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        assert evidence.saliency is not None, "saliency is filled before planning"
+        return evidence.saliency[index].unsqueeze(0).gather(-1, candidates.positions)
+
+
+@dataclass(kw_only=True)
+class SmallKV(DraftPolicy):
+    """SmallKV (arXiv 2508.02751): draft saliency at every refresh, marginal tokens V-only and compensated.
+
+    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1).
+    compensation: "renormalised" (odds against the kept set), "raw" (the draft's own mass) or "none".
+    """
+
+    compensation: str = "renormalised"
+    marginal_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("compensation", ("none", "raw", "renormalised"))
+        if not 0 <= self.marginal_share < 1:
+            raise UserError(f"policy.marginal_share={self.marginal_share} is outside [0, 1); give e.g. 0.5.")
+
+
+SELECTIONS = ("block",)
+
+
+@dataclass(kw_only=True)
+class Lookahead(DraftPolicy):
+    """SpecSmallKV: before each verify pass, recall what the draft's rows for those very tokens ask for.
+
+    selection: "block", one set per verify block, exactly within the budget.
+    """
+
+    residency: str = "offload"
+    selection: str = "block"
+    every_round = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("selection", SELECTIONS)
+        if self.residency != "offload":
+            raise UserError(
+                f"policy.residency={self.residency} leaves nothing to recall for {self.name}; use "
+                "policy.residency=offload, or policy=smallkv to drop for good."
+            )

@@ -1,0 +1,118 @@
+"""Where prompts come from: the command line, a text, a conversation, many rows, or the built-in document.
+
+It reads and checks files; chat templates and token counts belong to the tokenizer and are applied elsewhere.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+from .errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to answer: a plain prompt or a conversation, never both."""
+
+    prompt: str | None = None
+    messages: Messages | None = None
+
+
+def read_requests(config: RunConfig) -> list[Request]:
+    if config.prompt is not None:
+        return [Request(prompt=config.prompt)]
+    if config.prompt_file is not None:
+        return [Request(prompt=_read_text("prompt_file", config.prompt_file))]
+    if config.messages_file is not None:
+        text = _read_text("messages_file", config.messages_file)
+        where = f"messages_file={config.messages_file}"
+        return [Request(messages=_messages(_parse_json(text, where), where))]
+    if config.prompts_file is not None:
+        return _read_rows(config.prompts_file, config.chat)
+    return [Request(prompt=default_prompt())]
+
+
+def default_prompt() -> str:
+    """The built-in long document with its question; written for this project, see `data/README.md`."""
+    document = resources.files("specsmallkv").joinpath("data/default_prompt.txt")
+    return document.read_text(encoding="utf-8").rstrip("\n")
+
+
+def _read_text(key: str, path: str) -> str:
+    """The file's text, byte for byte but for a byte-order mark; whitespace alone counts as empty."""
+    try:
+        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{key}={path} does not exist; give the path of a text file.") from None
+    except IsADirectoryError:
+        raise UserError(f"{key}={path} is a directory; give the path of a text file.") from None
+    except OSError as error:
+        raise UserError(
+            f"{key}={path} cannot be read ({error.strerror}); give a readable text file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{key}={path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."
+        ) from None
+    if not text.strip():
+        raise UserError(f"{key}={path} is empty; put the text into it.")
+    return text
+
+
+def _read_rows(path: str, chat: bool | None) -> list[Request]:
+    requests = []
+    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(_read_text("prompts_file", path).split("\n"), start=1):
+        if line.strip():
+            where = f"prompts_file={path} line {number}"
+            requests.append(_request(_parse_json(line, where), where, chat))
+    return requests
+
+
+def _request(row: Any, where: str, chat: bool | None) -> Request:
+    """A row may hold other columns (an id, a category); it must hold exactly one of the two sources."""
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise UserError(f'{where} is {_short(row)}; write {{"prompt": ...}} or {{"messages": [...]}}.')
+    if "messages" in row:
+        if chat is False:
+            raise UserError(f"{where} holds messages, which need a chat template; drop chat=false.")
+        return Request(messages=_messages(row["messages"], where))
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where} has the prompt {_short(prompt)}; give it some text.")
+    return Request(prompt=prompt)
+
+
+def _messages(value: Any, where: str) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{where} holds {_short(value)}; write a list of {{"role": ..., "content": ...}}.')
+    for message in value:
+        _check_message(message, where)
+    return value
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise UserError(f'{where} has the message {_short(message)}; write {{"role": ..., "content": ...}}.')
+    if message["role"] not in ROLES:
+        raise UserError(f"{where} has the role {_short(message['role'])}; use one of {', '.join(ROLES)}.")
+    if not isinstance(message["content"], str):
+        raise UserError(f"{where} has the content {_short(message['content'])}; give it as one string.")
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); correct it there.") from None
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

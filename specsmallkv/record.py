@@ -1,0 +1,113 @@
+"""The record of a run: one JSON document, the last line of stdout and `record.json` in the run directory.
+
+It knows where a record goes and what surroundings every record names; what was measured comes from the task.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "specsmallkv")
+
+
+def write_record(record: Mapping[str, Any], directory: str | Path) -> None:
+    """Write `record.json` (whole or not at all) and print the same document as one line."""
+    line = json.dumps(plain(record), allow_nan=False)
+    try:
+        _replace(Path(directory) / "record.json", line + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the record cannot be written to {directory} ({error.strerror}); set run_dir=DIR."
+        ) from error
+    finally:
+        print(line, flush=True)  # the run's outcome is worth showing even where it cannot be kept
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
+        try:
+            partial.write(text)
+            partial.close()
+            os.chmod(partial.name, 0o644)  # a temporary file is private by default; the record is not
+            os.replace(partial.name, path)
+        except BaseException:
+            Path(partial.name).unlink(missing_ok=True)
+            raise
+
+
+def plain(value: Any) -> Any:
+    """Data that JSON can hold; a number that is not finite becomes null."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return [plain(item) for item in sorted(value)]
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "tolist"):  # a numpy or torch number or array
+        return plain(value.tolist())
+    if isinstance(value, Path) or type(value).__module__ == "torch":  # torch.device, torch.dtype
+        return str(value).removeprefix("torch.")
+    raise TypeError(f"a record cannot hold {value!r} of type {type(value).__name__}")
+
+
+def environment(device: object = "cpu") -> dict[str, Any]:
+    """The surroundings that a number depends on: versions, commit, machine."""
+    versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+    return {"versions": versions, "git_hash": git_hash(), "device_name": device_name(str(device))}
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch  # not needed otherwise, and slow to import
+
+        return torch.cuda.get_device_name(device)
+    return _cpu_name()
+
+
+@cache
+def git_hash() -> str | None:
+    """The commit of this checkout, with `-dirty` for uncommitted changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

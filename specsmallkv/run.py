@@ -1,0 +1,69 @@
+"""The entry point: configuration -> objects -> task -> record. Only this file and `cli.py` know Hydra.
+
+    python -m specsmallkv.run [KEY=VALUE ...]      or the console script `specsmallkv`, from any directory
+
+stdout carries the text and, as its last line, the JSON record; everything else goes to stderr. Exit codes: 0,
+1 (a bug), 2 (the user's mistake), 130 (Ctrl-C). In a sweep every point runs; one that fails makes the exit
+non-zero.
+"""
+
+import os
+import sys
+from typing import Any, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from .cli import reported, run_command_line
+from .config import CONFIG_DIR, RunConfig, check
+from .explain import refuse_unknown_keys
+from .record import SCHEMA_VERSION, environment, write_record
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
+def run(composed: DictConfig) -> None:
+    with reported(_point()):
+        record = execute(composed)
+    if record.get("interrupted"):
+        raise KeyboardInterrupt
+
+
+def execute(composed: DictConfig) -> dict[str, Any]:
+    """One run: the task's record, completed with what every record holds, printed and written."""
+    config, plain = to_objects(composed)
+    task = hydra.utils.instantiate(config.task, _convert_="all")
+    config.policy = hydra.utils.instantiate(config.policy, _convert_="all")
+    outcome = task.run(config)
+    record = {"schema_version": SCHEMA_VERSION, "task": plain["task"]["name"], **outcome}
+    record |= {"seed": config.seed, **environment(record.get("device", "cpu")), "config": plain}
+    write_record(record, str(config.run_dir))
+    return record
+
+
+def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """The checked configuration as dataclasses, and the same as plain data for the record."""
+    refuse_unknown_keys(composed)
+    config = cast(RunConfig, OmegaConf.to_object(composed))
+    config.run_dir = config.run_dir or HydraConfig.get().runtime.output_dir
+    check(config)
+    return config, cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+
+
+def _point() -> str | None:
+    """What a sweep calls the present point; None in a single run."""
+    job = HydraConfig.get()
+    if job.mode != RunMode.MULTIRUN:
+        return None
+    return f"point {job.job.num} ({' '.join(job.overrides.task)})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    if os.getcwd() not in sys.path:  # `python -m` does it too: a policy of the user's own lies there
+        sys.path.append(os.getcwd())
+    return run_command_line(run, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

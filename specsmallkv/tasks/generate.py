@@ -1,0 +1,123 @@
+"""task=generate: answer the prompt or prompts, streaming text to stdout; the default task."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import RunConfig
+from ..display import Display
+from ..generator import Generation, SpecSmallKV
+from ..models import load_pair
+from ..prompts import Request, read_requests
+from ..sampling import Sampler
+
+SUMMED = ("new_tokens", "prompt_tokens", "seconds", "rounds", "drafted_tokens", "accepted_tokens", "recall_bytes")
+LARGEST = (
+    "target_kv_allocated_bytes",
+    "target_kv_host_bytes",
+    "draft_kv_bytes",
+    "scratch_bytes",
+    "peak_memory_bytes",
+)
+
+
+def load_generator(config: RunConfig) -> SpecSmallKV:
+    """The pair, policy and draft length that a run's configuration asks for."""
+    num_draft_tokens = 0 if config.speculation.name == "none" else config.speculation.num_draft_tokens
+    needs_draft = bool(num_draft_tokens) or config.policy.reads_draft
+    pair = load_pair(config.model, need_draft=needs_draft, quiet=config.quiet)
+    return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention)
+
+
+def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
+    """The keys of a record that say what was run."""
+    return {
+        "model": config.model.name,
+        "policy": config.policy.name,
+        "kv_budget": config.policy.kv_budget,
+        "speculation": config.speculation.name,
+        "num_draft_tokens": spec.num_draft_tokens,
+        "dtype": config.model.dtype,
+        "device": str(spec.pair.target.device),
+        "attention": spec.attention,
+        "target_weights": spec.pair.target_origin,
+        "draft_weights": spec.pair.draft_origin,
+        "target_weight_bytes": spec.pair.target_weight_bytes,
+        "draft_weight_bytes": spec.pair.draft_weight_bytes,
+    }
+
+
+@dataclass
+class GenerateTask:
+    """Answers every request in turn; after Ctrl-C the record holds what there is, with `interrupted`."""
+
+    name: str
+
+    def run(self, config: RunConfig) -> dict[str, Any]:
+        requests = read_requests(config)
+        display = Display(config.quiet)
+        with display.waiting("loading the models"):
+            spec = load_generator(config)
+        settings = setting_figures(config, spec)
+        finished, interrupted = self._answer(spec, requests, config, display)
+        outputs = [generation.figures() for generation in finished]
+        record = settings | combine(outputs) | {"interrupted": interrupted}
+        if config.prompts_file is not None:
+            record["outputs"] = outputs
+        display.table(record)
+        return record
+
+    def _answer(
+        self, spec: SpecSmallKV, requests: list[Request], config: RunConfig, display: Display
+    ) -> tuple[list[Generation], bool]:
+        streams = [open_stream(spec, request, config) for request in requests]
+        for count, generation in enumerate(streams, start=1):
+            try:
+                self._show(generation, display)
+            except KeyboardInterrupt:
+                return streams[:count], True
+        return streams, False
+
+    def _show(self, generation: Generation, display: Display) -> None:
+        """Text to stdout as it comes, a line break behind it whatever happens."""
+        try:
+            with display.progress(generation) as progress:
+                for piece in generation:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                    progress()
+        finally:
+            print(flush=True)
+
+
+def open_stream(spec: SpecSmallKV, request: Request, config: RunConfig) -> Generation:
+    prompt = request.messages if request.messages is not None else request.prompt
+    assert prompt is not None, "a request has a prompt or messages"
+    return spec.stream(
+        prompt,
+        max_new_tokens=config.max_new_tokens,
+        sampler=Sampler(config.temperature, config.top_p, config.top_k),
+        seed=config.seed,
+        stop=tuple(config.stop),
+        chat=config.chat,
+        ignore_eos=config.ignore_eos,
+    )
+
+
+def combine(outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run's figures from its outputs': counts are summed, bytes are those of the fullest output."""
+    if len(outputs) == 1:
+        return outputs[0]
+    fullest = max(outputs, key=lambda figures: figures.get("target_kv_bytes", 0))
+    total = dict(fullest) | {key: sum(figures.get(key) or 0 for figures in outputs) for key in SUMMED}
+    total |= {key: max(figures.get(key) or 0 for figures in outputs) for key in LARGEST}
+    emitted = total["new_tokens"] - len(outputs)  # the first token of each comes from its prefill
+    decoding = total["seconds"] - sum(figures["ttft_seconds"] for figures in outputs)
+    return total | {
+        "text": None,
+        "ttft_seconds": sum(figures["ttft_seconds"] for figures in outputs) / len(outputs),
+        "tokens_per_second": total["new_tokens"] / max(total["seconds"], 1e-9),
+        "decode_tokens_per_second": emitted / max(decoding, 1e-9),
+        "acceptance_rate": total["accepted_tokens"] / total["drafted_tokens"] if total["drafted_tokens"] else None,
+        "acceptance_length": emitted / total["rounds"] if total["rounds"] else None,
+    }

@@ -1,0 +1,69 @@
+"""A tiny random target and draft per architecture, float32 on CPU, whose greedy text is not degenerate."""
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+VOCAB = 96
+
+
+def tiny_model(
+    architecture: str = "llama", layers: int = 3, heads: int = 4, kv_heads: int = 2, seed: int = 0, vocab: int = VOCAB
+) -> PreTrainedModel:
+    config_class, model_class = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    options = {"head_dim": 8} if architecture != "qwen2" else {}
+    config = config_class(
+        vocab_size=vocab,
+        hidden_size=8 * heads,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        initializer_range=0.35,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        **options,
+    )
+    return model_class(config).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # tiny tensors gain nothing from a second, and lose to it on a busy machine
+
+
+@pytest.fixture(scope="session")
+def target():
+    return tiny_model(seed=1)
+
+
+@pytest.fixture(scope="session")
+def draft(target):
+    """The target's first two of three layers: agrees with it often enough that some drafts pass and some do not."""
+    model = tiny_model(layers=2, seed=1)
+    state = {k: v for k, v in target.state_dict().items() if k in model.state_dict()}
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture(scope="session")
+def prompt():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(1, VOCAB, (150,), generator=generator).tolist()

@@ -1,0 +1,135 @@
+"""Attention over tiers against the plainest possible formula, in float32."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+
+from specsmallkv.attention import (
+    BACKENDS,
+    FOLD_LIMIT,
+    AttentionCall,
+    AttentionRows,
+    attend,
+    attention_probabilities,
+    choose_backend,
+    use_tiered_attention,
+)
+from specsmallkv.cache import TieredCache, TieredLayer
+from specsmallkv.errors import UserError
+from specsmallkv.matching import marginal_weights
+
+H_Q, H_KV, DIM, SCALE = 6, 2, 8, 8**-0.5
+
+
+def textbook(query, keys, values):
+    """One query and one head at a time; query i of q sees the first n - q + i + 1 keys."""
+    q, n, group = query.shape[2], keys.shape[2], query.shape[1] // keys.shape[1]
+    out = torch.zeros_like(query)
+    for h in range(query.shape[1]):
+        for i in range(q):
+            end = n - q + i + 1
+            k, v = keys[0, h // group, :end], values[0, h // group, :end]
+            out[0, h, i] = (query[0, h, i] @ k.T * SCALE).softmax(-1) @ v
+    return out
+
+
+def random_qkv(q, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, h, length, DIM, generator=generator) for h, length in ((H_Q, q), (H_KV, n), (H_KV, n))]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("q, n", [(1, 9), (4, 9), (9, 9), (FOLD_LIMIT + 6, FOLD_LIMIT + 6), (FOLD_LIMIT + 6, 90)])
+def test_backends_equal_the_textbook(backend, q, n):
+    query, keys, values = random_qkv(q, n)
+    out = BACKENDS[backend](query, keys, values, SCALE)
+    torch.testing.assert_close(out, textbook(query, keys, values), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q, n", [(1, 9), (4, 90), (90, 90)])
+def test_flash_attention_equals_sdpa(q, n):
+    pytest.importorskip("flash_attn")
+    query, keys, values = (x.cuda().to(torch.bfloat16) for x in random_qkv(q, n))
+    out = BACKENDS["flash"](query, keys, values, SCALE)
+    torch.testing.assert_close(out, BACKENDS["sdpa"](query, keys, values, SCALE), atol=2e-2, rtol=2e-2)
+
+
+def filled_layer(keys, values):
+    layer = TieredLayer(keys.shape[2])
+    layer.update(keys, values)
+    return layer
+
+
+def test_rows_are_the_attention_probabilities_and_zero_beyond_the_query():
+    query, keys, values = random_qkv(3, 12)
+    rows = AttentionRows(num_layers=2, num_heads=H_Q, num_rows=3, length=20, device=keys.device)
+    rows.buffer.fill_(7)  # stale content of an earlier round
+    rows.start(9, 3)
+    attend(filled_layer(keys, values), 1, query, SCALE, AttentionCall("reference", rows=rows))
+    recorded = rows.values[H_Q:]
+    assert recorded.shape == (H_Q, 3, 12)
+    torch.testing.assert_close(recorded.sum(-1), torch.ones(H_Q, 3))
+    assert recorded[:, 0, 10:].eq(0).all() and recorded[:, 1, 11:].eq(0).all()
+    torch.testing.assert_close(recorded, attention_probabilities(query, keys, SCALE)[0])
+
+
+def test_recording_changes_no_output_and_records_only_the_rows_asked_for():
+    query, keys, values = random_qkv(5, 12)
+    plain = attend(filled_layer(keys, values), 0, query, SCALE, AttentionCall())
+    for first in (7, 10):  # all five queries, or the last two
+        rows = AttentionRows(1, H_Q, 12 - first, 12, keys.device)
+        rows.start(first, 12 - first)
+        out = attend(filled_layer(keys, values), 0, query, SCALE, AttentionCall(rows=rows))
+        torch.testing.assert_close(out, plain, atol=1e-6, rtol=1e-5)
+        assert rows.values.sum().item() == pytest.approx(H_Q * (12 - first), rel=1e-5)
+
+
+def test_the_last_queries_are_kept_across_chunks():
+    query, keys, values = random_qkv(8, 8)
+    layer, call = TieredLayer(8), AttentionCall(num_queries=5)
+    for part in (slice(0, 6), slice(6, 8)):
+        layer.update(keys[:, :, part], values[:, :, part])
+        attend(layer, 0, query[:, :, part], SCALE, call)
+    assert torch.equal(call.queries[0], query[:, :, 3:])
+
+
+@pytest.mark.parametrize("q", [1, 4])
+def test_compensation_by_the_true_attention_with_nothing_evicted_is_full_attention(q):
+    """Invariant 3: every older token is critical or marginal and the oracle is right, so nothing is lost."""
+    n, window = 40, 6
+    query, keys, values = random_qkv(q, n)
+    layer = TieredLayer(n)
+    layer.update(keys[:, :, : n - q], values[:, :, : n - q])
+    older = n - q - window
+    split = torch.rand(1, H_KV, older, generator=torch.Generator().manual_seed(5)).argsort(-1)
+    critical, marginal = split[..., :10].sort(-1).values, split[..., 10:].sort(-1).values
+    layer.retain(critical, marginal, older)
+    layer.update(keys[:, :, n - q :], values[:, :, n - q :])
+    true_rows = attention_probabilities(query, keys, SCALE)[0]
+    layer.marginal_weights = marginal_weights(
+        true_rows, layer.kept_positions, layer.marginal_positions, layer.tail_start, "renormalised"
+    )
+    out = attend(layer, 0, query, SCALE, AttentionCall("reference"))
+    torch.testing.assert_close(out, textbook(query, keys, values), atol=1e-5, rtol=1e-5)
+    layer.marginal_weights = None
+    plain = attend(layer, 0, query, SCALE, AttentionCall("reference"))
+    assert (plain - textbook(query, keys, values)).abs().max() > 1e-2, "without it much is lost"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_over_the_tiered_cache_equal_transformers_own(architecture):
+    model, ids = tiny_model(architecture), torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        use_tiered_attention(model)
+        cache = TieredCache(model.config.num_hidden_layers, 40)
+        chunks = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 25), (25, 36), (36, 37), (37, 40))]
+        torch.testing.assert_close(torch.cat(chunks, 1), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)  # any other cache still works
+
+
+@pytest.mark.parametrize("requested, problem", [("flash", "needs a CUDA device"), ("nope", "is unknown")])
+def test_a_backend_that_cannot_run_is_refused_with_the_remedy(requested, problem):
+    with pytest.raises(UserError, match=problem):
+        choose_backend(requested, torch.device("cpu"))

@@ -1,0 +1,221 @@
+"""Composition: every option and experiment composes, impossible values are refused, prompts are read."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig, check
+from specsmallkv.errors import UserError
+from specsmallkv.prompts import Request, default_prompt, read_requests
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def config_of(*overrides: str) -> RunConfig:
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return OmegaConf.to_object(compose("config", list(overrides)))
+
+
+def config_with(**values) -> RunConfig:
+    model = ModelConfig("tiny", "org/target", None, "float32", "cpu", "auto")
+    return RunConfig(model, {}, SpeculationConfig("draft"), {}, **values)
+
+
+def test_a_plain_run_composes_the_embedded_pair_and_our_policy():
+    config = config_of()
+    check(config)
+    assert (config.model.name, config.policy["name"]) == ("smollm2-135m", "specsmallkv")
+    assert (config.speculation.name, config.task["name"]) == ("draft", "generate")
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_is_appended_and_named_after_its_file(name):
+    config = config_of(f"+model={name}")
+    check(config)
+    assert config.model.name == name
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_model_file_is_complete(name):
+    """`+model=` merges over the default: what a file leaves out would leak from there."""
+    assert set(OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")) == {f.name for f in fields(ModelConfig)}
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, n) for g in ("policy", "speculation", "task") for n in options(g)]
+)
+def test_every_option_composes_and_is_named_after_its_file(group, name):
+    node = getattr(config_of(f"{group}={name}"), group)
+    assert (node["name"] if isinstance(node, dict) else node.name) == name
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in ("policy", "task") for n in options(g)])
+def test_every_target_is_a_class_that_takes_exactly_the_keys_of_its_file(group, name):
+    option = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
+    pytest.importorskip(option._target_.rpartition(".")[0])
+    accepted = {field.name for field in fields(get_class(option._target_)) if field.init}
+    assert accepted == set(option) - {"_target_"}
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_sweeps_over_known_keys(name):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        hydra = compose("config", [f"+experiment={name}"], return_hydra_config=True).hydra
+    swept = [f"{key}={str(values).split(',')[0]}" for key, values in hydra.sweeper.params.items()]
+    check(config_of(f"+experiment={name}", *swept))
+    assert swept
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_key_has_a_comment_above_it(file):
+    lines = file.read_text().splitlines()
+    keys = [
+        i for i, line in enumerate(lines) if line and not line.startswith((" ", "#", "defaults:", "hydra:"))
+    ]
+    assert [lines[i] for i in keys if not lines[i - 1].lstrip().startswith("#")] == []
+
+
+def test_the_draft_option_repeats_the_schemas_defaults():
+    assert config_of("speculation=draft").speculation == SpeculationConfig("draft")
+
+
+IMPOSSIBLE = {
+    "max_new_tokens": (0, -1),
+    "batch_size": (0, 2),
+    "temperature": (-0.1, float("nan"), float("inf")),
+    "top_p": (0.0, -0.5, 1.1, float("nan")),
+    "top_k": (-1,),
+    "seed": (-1, 2**63),
+    "stop": (["", "a"],),
+    "prompt": ("", " \n", "\udcff"),
+    "report": (True,),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in IMPOSSIBLE.items() for v in values])
+def test_impossible_values_are_refused_with_key_and_remedy(key, value):
+    check(config_with())
+    with pytest.raises(UserError, match=rf"^{key}=.*; .*\.$"):
+        check(config_with(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "name", " "),
+        ("model", "target", ""),
+        ("model", "dtype", "int8"),
+        ("model", "device", "gpu"),
+        ("model", "attention", "eager"),
+        ("speculation", "name", "tree"),
+        ("speculation", "num_draft_tokens", 0),
+        ("speculation", "adaptive", True),
+    ],
+)
+def test_impossible_model_and_speculation_values_are_refused(part, key, value):
+    config = config_with()
+    setattr(getattr(config, part), key, value)
+    with pytest.raises(UserError, match=rf"^{part}\.{key}="):
+        check(config)
+
+
+def test_the_extremes_of_possible_values_are_accepted():
+    check(config_with(max_new_tokens=1, temperature=1e-9, top_p=1e-9, top_k=1, seed=2**63 - 1, stop=["\n"]))
+
+
+def test_two_prompt_sources_are_refused_by_name():
+    with pytest.raises(UserError, match="prompt and prompts_file"):
+        check(config_with(prompt="a", prompts_file="b"))
+
+
+def test_a_conversation_needs_its_template(tmp_path):
+    with pytest.raises(UserError, match="chat=false"):
+        check(config_with(messages_file="m.json", chat=False))
+    rows = write(tmp_path, json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(UserError, match="chat=false"):
+        read_requests(config_with(prompts_file=rows, chat=False))
+
+
+# Prompt sources
+
+
+def write(directory: Path, content: str | bytes) -> str:
+    path = directory / "file, with = odd name"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_a_prompt_file_is_read_byte_for_byte_without_its_byte_order_mark(tmp_path):
+    path = write(tmp_path, "\ufeff  ${X}\r\nlast\u2028line \n")
+    assert read_requests(config_with(prompt_file=path)) == [Request(prompt="  ${X}\r\nlast\u2028line \n")]
+
+
+def test_a_messages_file_is_one_conversation(tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, wörld"}]
+    path = write(tmp_path, json.dumps(messages))
+    assert read_requests(config_with(messages_file=path)) == [Request(messages=messages)]
+
+
+def test_a_prompts_file_is_one_request_per_row_in_order(tmp_path):
+    messages = [{"role": "user", "content": "b"}]
+    rows = [{"prompt": "a\u2028a", "id": 1}, {"messages": messages}]
+    path = write(tmp_path, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
+    assert read_requests(config_with(prompts_file=path)) == [
+        Request(prompt="a\u2028a"),
+        Request(messages=messages),
+    ]
+
+
+def test_without_a_source_the_built_in_document_ends_with_its_question():
+    (request,) = read_requests(config_with())
+    assert request.prompt == default_prompt()
+    assert len(request.prompt.split()) > 1200
+    assert "Question:" in request.prompt.splitlines()[-1]
+
+
+@pytest.mark.parametrize("key", ["prompt_file", "messages_file", "prompts_file"])
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(None, "does not exist"), (b" \n", "is empty"), (b"caf\xe9", "is not UTF-8")]
+)
+def test_an_unusable_file_is_refused_with_its_path(tmp_path, key, content, complaint):
+    path = str(tmp_path / "missing") if content is None else write(tmp_path, content)
+    with pytest.raises(UserError, match=complaint) as error:
+        read_requests(config_with(**{key: path}))
+    assert f"{key}={path}" in str(error.value)
+
+
+def test_a_directory_is_refused_as_a_prompt_file(tmp_path):
+    with pytest.raises(UserError, match="is a directory"):
+        read_requests(config_with(prompt_file=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '"text"',
+        '[{"role": "user"}]',
+        '[{"role": "bot", "content": "a"}]',
+        '[{"role": "user", "content": 1}]',
+    ],
+)
+def test_a_malformed_conversation_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match=r"^messages_file="):
+        read_requests(config_with(messages_file=write(tmp_path, content)))
+
+
+@pytest.mark.parametrize(
+    "row", ["{", "[]", "{}", '{"prompt": " "}', '{"prompt": 1}', '{"prompt": "a", "messages": []}']
+)
+def test_a_malformed_row_is_refused_with_its_line(tmp_path, row):
+    path = write(tmp_path, '{"prompt": "fine"}\n' + row)
+    with pytest.raises(UserError, match="line 2"):
+        read_requests(config_with(prompts_file=path))

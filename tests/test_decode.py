@@ -1,0 +1,231 @@
+"""The loop's invariants (DESIGN §3) on tiny random models in float32."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCAB, tiny_model
+
+from specsmallkv.decode import Decoder
+from specsmallkv.presets import load_policy
+from specsmallkv.sampling import Sampler
+
+NEW = 60
+STATIC = ("streaming_llm", "snapkv", "smallkv", "smallkv_paper")
+
+
+def decode(target, draft, policy, num_draft_tokens, prompt, new=NEW, stop_ids=(), seed=0, sampler=None, **options):
+    """Tokens and the sequence after the last round."""
+    decoder = Decoder(target, draft, policy, num_draft_tokens, sampler, **options)
+    rounds = list(decoder.generate(prompt, new, set(stop_ids), seed))
+    return [token for round_, _ in rounds for token in round_.tokens], rounds[-1][1]
+
+
+def transformers_greedy(model, prompt, new=NEW):
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, repetition_penalty=1.0)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("num_draft_tokens", [0, 4])
+@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
+def test_budget_one_equals_transformers_generate(target, draft, prompt, name, num_draft_tokens):
+    """Invariant 1."""
+    tokens, _ = decode(target, draft, load_policy(name, kv_budget=1.0), num_draft_tokens, prompt)
+    assert tokens == transformers_greedy(target, prompt) and len(set(tokens)) > 5
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_budget_one_equals_transformers_generate_on_every_architecture(architecture, prompt):
+    target, draft = tiny_model(architecture, seed=5), tiny_model(architecture, layers=2, seed=5)
+    tokens, _ = decode(target, draft, load_policy("full"), 3, prompt)
+    assert tokens == transformers_greedy(target, prompt)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("budget", [0.15, 0.4, 0.8])
+@pytest.mark.parametrize("name", STATIC)
+def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, name, budget):
+    """Invariant 2, greedy; budgets small enough to evict many times, prompts long and short."""
+    for length in (5, 150):
+        settings = {"kv_budget": budget, "evict_block": 16, "window_size": 8}
+        plain, _ = decode(target, draft, load_policy(name, **settings), 0, prompt[:length])
+        speculated, sequence = decode(target, draft, load_policy(name, **settings), 4, prompt[:length])
+        assert plain == speculated
+        assert 0 < sequence.counters.accepted < sequence.counters.drafted, "some drafts pass, some do not"
+        assert sequence.target.layers[0].num_kept > 0, "and something was evicted"
+
+
+def step(decoder, sequence, forced):
+    """One round by hand: every draft rejected, `forced` emitted; the verify pass's logits."""
+    drafts, _ = decoder.draft(sequence, torch.Generator())
+    decoder.plan(sequence)
+    logits = decoder.verify(sequence, drafts)
+    sequence.tokens.append(forced)
+    decoder.rollback(sequence, len(drafts))
+    decoder.evict(sequence)
+    return logits
+
+
+def begin(decoder, prompt, forced):
+    """A sequence after prefill whose first new token is `forced`, and the logits it replaced."""
+    sequence = decoder.start(prompt, NEW)
+    logits = decoder.prefill(sequence)
+    sequence.tokens.append(forced)
+    decoder.prefill_draft(sequence)
+    decoder.evict(sequence, after_prefill=True)
+    return sequence, logits
+
+
+def exact_pairs(decoder, prompt, vocab, warp):
+    """Probability of every pair of second and third tokens, given first token 0, when decoding one by one."""
+    pairs = torch.zeros(vocab, vocab)
+    with torch.inference_mode():
+        for second in range(vocab):
+            sequence, _ = begin(decoder, prompt, 0)
+            p_second = warp(step(decoder, sequence, second)[0])[second]
+            pairs[second] = p_second * warp(step(decoder, sequence, 0)[0])
+    return pairs
+
+
+@pytest.mark.parametrize("name, budget", [("full", 1.0), ("smallkv", 0.4)])
+def test_sampling_with_speculation_keeps_the_distribution(name, budget, prompt):
+    """Invariant 2, temperature > 0: sampled pairs of tokens against exact enumeration without speculation."""
+    target, draft = tiny_model(layers=2, vocab=6, seed=7), tiny_model(layers=1, vocab=6, seed=8)
+    prompt, sampler, runs = [token % 6 for token in prompt[:12]], Sampler(0.8, top_k=4), 2000
+    settings = {"window_size": 4, "evict_block": 4, "matching": "one_hot"} if budget < 1 else {}
+    policy = load_policy(name, kv_budget=budget, **settings)
+    exact = exact_pairs(Decoder(target, draft, policy, 0), prompt, 6, sampler.probabilities)
+    decoder, counts, generator = Decoder(target, draft, policy, 3, sampler), torch.zeros(6, 6), torch.Generator()
+    generator.manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(runs):
+            sequence, _ = begin(decoder, prompt, 0)
+            while len(sequence.tokens) < len(prompt) + 3:
+                decoder.round(sequence, generator, set())
+            counts[tuple(sequence.tokens[len(prompt) + 1 : len(prompt) + 3])] += 1
+    distance = (counts / runs - exact).abs().sum() / 2
+    expected_noise = (exact * (1 - exact) / runs).sqrt().sum() / 2
+    assert distance < 1.6 * expected_noise, f"total variation {distance:.3f}, sampling noise {expected_noise:.3f}"
+
+
+@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
+def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, draft, prompt, name):
+    """Invariant 4: after a verify pass whose drafts are all wrong, contents and sums equal those of plain decoding."""
+    policy = load_policy(name) if name == "full" else load_policy(name, kv_budget=0.4, evict_block=16)
+    states = []
+    for wrong in (0, 3):
+        decoder = Decoder(target, draft, policy, wrong)
+        with torch.inference_mode():
+            sequence, _ = begin(decoder, prompt, 5)
+            for token in (7, 11, 13, 17):
+                step(decoder, sequence, token)
+        states.append(sequence)
+    plain, rolled = states
+    assert plain.target.seen == rolled.target.seen == len(prompt) + 4
+    for a, b in zip(plain.target.layers, rolled.target.layers, strict=True):
+        if name == "specsmallkv" and a is not plain.target.layers[0]:
+            continue  # the set it reads follows the rejected drafts' rows too; keys of the first layer do not
+        tail = 32 if name == "specsmallkv" else a.num_slots
+        assert torch.equal(a.positions[..., -tail:], b.positions[..., -tail:])
+        torch.testing.assert_close(a.keys[:, :, -tail:], b.keys[:, :, -tail:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.values[:, :, -tail:], b.values[:, :, -tail:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.marginal_v, b.marginal_v, atol=1e-4, rtol=1e-4)
+    if name in ("smallkv", "specsmallkv"):
+        assert plain.draft.seen == rolled.draft.seen
+        one, two = plain.evidence.oracle, rolled.evidence.oracle
+        torch.testing.assert_close(one._sum[:, :150], two._sum[:, :150], atol=1e-5, rtol=1e-5)
+        assert one._count == two._count
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+@pytest.mark.parametrize("name", [*STATIC, "specsmallkv"])
+def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, name, budget):
+    """Invariants 5, 7 and 8, looked at after every round of a long prompt."""
+    prompt = torch.randint(1, VOCAB, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    policy = load_policy(name, kv_budget=budget, evict_block=16, window_size=16)
+    decoder = Decoder(target, draft, policy, 3)
+    for index, (_, sequence) in enumerate(decoder.generate(prompt, NEW)):
+        if index == 0:
+            continue  # the prefill's token: compression comes right after it
+        layer = sequence.target.layers[0]
+        entry = sequence.target.full_nbytes / layer.seen
+        allowed = budget * sequence.target.full_nbytes + (16 + 4) * entry
+        assert sequence.target.nbytes <= allowed
+        assert sequence.target.allocated_nbytes <= budget * (700 + NEW) * entry + (16 + 4 + 1) * entry
+        assert (sequence.target.host_nbytes > 0) is (name == "specsmallkv")
+        assert (layer.positions.diff(dim=-1) > 0).all() and layer.positions[0, 0, -1] == layer.seen - 1
+    assert sequence.counters.max_target_bytes <= budget * sequence.counters.full_bytes_then + (16 + 4) * entry
+    for kept in sequence.target.kept_per_layer():
+        assert kept["critical"] < kept["total"] // 2, "compression fired in every layer"
+
+
+@pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv"])
+def test_the_reference_backend_gives_the_same_tokens_as_sdpa(target, draft, prompt, name):
+    policy = load_policy(name) if name == "full" else load_policy(name, kv_budget=0.3)
+    outputs = [decode(target, draft, policy, 3, prompt, attention=backend)[0] for backend in ("sdpa", "reference")]
+    assert outputs[0] == outputs[1]
+
+
+def test_marginal_compensation_is_in_use(target, draft, prompt):
+    settings = {"kv_budget": 0.3, "window_size": 8, "evict_block": 16}
+    outputs = [
+        decode(target, draft, load_policy("smallkv", compensation=compensation, **settings), 0, prompt)
+        for compensation in ("renormalised", "raw", "none")
+    ]
+    assert all(sequence.target.layers[0].num_marginal > 0 for _, sequence in outputs)
+    assert outputs[0][0] != outputs[2][0] and outputs[1][0] != outputs[2][0]
+
+
+def test_a_draft_equal_to_its_target_is_always_accepted_and_sees_everything(target, prompt):
+    tokens, sequence = decode(target, target, load_policy("full"), 4, prompt)
+    assert sequence.counters.accepted == sequence.counters.drafted > 0
+    assert sequence.counters.rounds == -(-(NEW - 1) // 5)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 1, 3, 7])
+@pytest.mark.parametrize("new", [1, 2, 5, 33])
+def test_exactly_max_new_tokens_come_out(target, draft, prompt, num_draft_tokens, new):
+    for name in ("full", "smallkv", "specsmallkv"):
+        tokens, sequence = decode(target, draft, load_policy(name), num_draft_tokens, prompt, new)
+        assert len(tokens) == new == len(sequence.tokens) - len(prompt)
+
+
+def test_a_stop_id_inside_an_accepted_block_ends_the_text_there(target, draft, prompt):
+    plain, _ = decode(target, draft, load_policy("full"), 0, prompt)
+    for stop in plain[1:12]:
+        expected = plain[: plain.index(stop) + 1]
+        for name, k in itertools.product(("full", "specsmallkv"), (0, 4)):
+            tokens, sequence = decode(target, draft, load_policy(name, kv_budget=1.0), k, prompt, stop_ids=[stop])
+            assert tokens == expected and sequence.target.seen == len(prompt) + len(tokens) - 1
+
+
+def test_a_seed_decides_the_sample(target, draft, prompt):
+    run = [
+        decode(target, draft, load_policy("smallkv"), 3, prompt, seed=seed, sampler=Sampler(1.0))[0]
+        for seed in (1, 1, 2)
+    ]
+    assert run[0] == run[1] != run[2]
+
+
+def test_no_draft_is_run_when_nothing_needs_it(target, prompt):
+    for name in ("full", "snapkv", "streaming_llm"):
+        tokens, sequence = decode(target, None, load_policy(name), 0, prompt)
+        assert sequence.draft is None and len(tokens) == NEW
+    with pytest.raises(AssertionError, match="needs a draft"):
+        Decoder(target, None, load_policy("smallkv"), 0)
+
+
+def test_a_larger_draft_vocabulary_is_harmless(target, prompt):
+    draft = tiny_model(layers=2, seed=1, vocab=VOCAB + 32)
+    tokens, _ = decode(target, draft, load_policy("full"), 3, prompt)
+    assert tokens == transformers_greedy(target, prompt)
+
+
+def test_a_short_prompt_is_compressed_once_the_text_has_grown(target, draft, prompt):
+    for name in (*STATIC, "specsmallkv"):
+        policy = load_policy(name, kv_budget=0.2, window_size=8, evict_block=16)
+        _, sequence = decode(target, draft, policy, 3, prompt[:3], new=120)
+        assert sequence.target.layers[0].num_slots < 60, name

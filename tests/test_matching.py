@@ -1,0 +1,99 @@
+"""The head map recovers relations that are really there."""
+
+import pytest
+import torch
+
+from specsmallkv.matching import HeadMap, HeadMapFit, marginal_weights, nonnegative_least_squares
+
+M, W, N, SINKS = 12, 8, 50, 4
+
+
+def random_rows(heads, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (4 * torch.randn(heads, W, N, generator=generator)).softmax(-1)
+
+
+def fit(draft, layers, method):
+    fit = HeadMapFit(draft, SINKS)
+    for rows in layers:
+        fit.add_layer(rows)
+    return fit.solve(method)
+
+
+@pytest.mark.parametrize("method", ["one_hot", "mixture"])
+def test_identical_heads_in_another_order_are_recovered(method):
+    draft = random_rows(M)
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(1))
+    head_map = fit(draft, [draft[order][:6], draft[order][6:]], method)
+    assert head_map.weights.shape == (2, 6, M)
+    assert torch.equal(head_map.weights.argmax(-1).flatten(), order)
+    torch.testing.assert_close(head_map.similarity, torch.ones(2, 6), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head_map.predict(0, draft), draft[order][:6], atol=1e-3, rtol=1e-3)
+
+
+def test_a_mixture_recovers_mixed_heads_better_than_one_head_can():
+    draft = random_rows(M)
+    true = torch.zeros(6, M)
+    for h in range(6):
+        true[h, [h, h + 3, h + 6]] = torch.tensor([0.5, 0.3, 0.2])
+    target = torch.einsum("hm,mtn->htn", true, draft)
+    mixture, one_hot = fit(draft, [target], "mixture"), fit(draft, [target], "one_hot")
+    torch.testing.assert_close(mixture.weights[0], true, atol=1e-3, rtol=1e-3)
+    assert (mixture.similarity > one_hot.similarity + 0.05).all()
+
+
+@pytest.mark.parametrize("method", ["one_hot", "mixture"])
+def test_predictions_are_distributions(method):
+    head_map = fit(random_rows(M), [random_rows(6, seed=9)], method)
+    predicted = head_map.predict(0, random_rows(M, seed=2))
+    assert (head_map.weights >= 0).all() and (predicted >= 0).all()
+    torch.testing.assert_close(predicted.sum(-1), torch.ones(6, W))
+
+
+def test_sinks_do_not_decide_the_match():
+    draft, target = random_rows(M), random_rows(M)[:1]
+    draft[3, :, 0], target[0, :, 0] = 50.0, 50.0  # head 3 shares only the sink with the target's head, a copy of head 0
+    assert fit(draft, [target], "one_hot").weights[0, 0].argmax() == 0
+
+
+def test_group_saliency_is_the_mean_prediction_of_the_group():
+    head_map = fit(random_rows(M), [random_rows(6, seed=4), random_rows(6, seed=5)], "mixture")
+    rows = random_rows(M, seed=6)
+    saliency = head_map.saliency(rows.mean(1), num_kv_heads=2)
+    expected = torch.stack([head_map.predict(layer, rows).mean(1).view(2, 3, N).mean(1) for layer in range(2)])
+    torch.testing.assert_close(saliency, expected)
+
+
+def test_nonnegative_least_squares_meets_the_optimality_conditions():
+    generator = torch.Generator().manual_seed(0)
+    design, wanted = torch.randn(7, 30, 5, generator=generator), torch.randn(7, 30, 1, generator=generator)
+    gram, correlation = design.mT @ design, (design.mT @ wanted).squeeze(-1)
+    weights = nonnegative_least_squares(gram, correlation)
+    gradient = (gram @ weights.unsqueeze(-1)).squeeze(-1) - correlation
+    assert (weights >= 0).all() and (weights == 0).any() and (weights > 0).any()
+    assert (gradient > -1e-3).all() and (gradient * weights).abs().max() < 1e-3
+
+
+def test_a_head_that_nothing_resembles_still_gets_a_distribution():
+    draft = random_rows(M)
+    draft[..., SINKS:] = 0
+    weights = fit(draft, [random_rows(6, seed=1)], "mixture").weights
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 6))
+
+
+def test_marginal_weights_are_probabilities_within_the_kept_and_marginal_tokens():
+    predicted = random_rows(6)[:, :3]
+    kept, marginal = torch.tensor([[[0, 5], [1, 7]]]), torch.tensor([[[2, 9, 11], [3, 4, 30]]])
+    weights = marginal_weights(predicted, kept, marginal, 44, "renormalised")
+    assert weights.shape == (1, 6, 3, 3)
+    head, query = 4, 2  # second KV head
+    among = predicted[head, query][[3, 4, 30, 1, 7, *range(44, N)]]
+    torch.testing.assert_close(weights[0, head, query], predicted[head, query][[3, 4, 30]] / among.sum())
+    raw = marginal_weights(predicted, kept, marginal, 44, "raw")
+    torch.testing.assert_close(raw[0, head, query], predicted[head, query][[3, 4, 30]])
+
+
+def test_head_map_predicts_with_the_weights_of_its_layer():
+    weights = torch.eye(4).view(2, 2, 4)
+    rows = torch.rand(4, 2, 3)
+    assert torch.equal(HeadMap(weights, torch.ones(2, 2)).predict(1, rows), rows[2:])

@@ -1,0 +1,167 @@
+"""Every policy keeps its budget, the sinks and the window, and what scores highest. A new policy is a row in POLICIES."""
+
+import pytest
+import torch
+
+from specsmallkv.cache import TieredLayer
+from specsmallkv.errors import UserError
+from specsmallkv.policies import Evidence, FullCache, Lookahead, Policy, SmallKV, SnapKV, StreamingLLM
+from specsmallkv.presets import load_policy, names
+
+POLICIES = {
+    "full": FullCache,
+    "streaming_llm": StreamingLLM,
+    "snapkv": SnapKV,
+    "smallkv_paper": SmallKV,
+    "smallkv": SmallKV,
+    "specsmallkv": Lookahead,
+}
+COMPRESSING = sorted(set(POLICIES) - {"full"})
+H_Q, H_KV, DIM, N = 4, 2, 8, 400
+
+
+def layer_of(length, residency):
+    generator = torch.Generator().manual_seed(0)
+    layer = TieredLayer(2 * length, residency=residency)
+    layer.update(*(torch.randn(1, H_KV, length, DIM, generator=generator) for _ in range(2)))
+    return layer
+
+
+def evidence_of(window, saliency=None):
+    generator = torch.Generator().manual_seed(1)
+    queries = {0: torch.randn(1, H_Q, window, DIM, generator=generator)}
+    saliency = torch.rand(1, H_KV, 2 * N, generator=generator) if saliency is None else saliency
+    return Evidence(scaling=DIM**-0.5, queries=queries, saliency=saliency)
+
+
+def planned(policy, layer, evidence):
+    layer.retain(*policy.plan(0, layer, evidence))
+    return layer
+
+
+def test_every_preset_is_in_this_table_and_instantiates_its_class():
+    assert names("policy") == sorted(POLICIES)
+    for name, policy_class in POLICIES.items():
+        policy = load_policy(name)
+        assert type(policy) is policy_class and policy.name == name
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+@pytest.mark.parametrize("budget", [0.12, 0.3, 0.7, 0.95])
+def test_resident_bytes_never_exceed_the_budget(name, budget):
+    policy = load_policy(name, kv_budget=budget)
+    layer = planned(policy, layer_of(N, policy.residency), evidence_of(policy.window_size))
+    assert layer.nbytes <= budget * layer.full_nbytes
+    assert layer.nbytes >= (budget - 0.01) * layer.full_nbytes, "and use it up"
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_sinks_and_recent_window_are_always_critical(name):
+    policy = load_policy(name, kv_budget=0.01)
+    layer = planned(policy, layer_of(N, policy.residency), evidence_of(policy.window_size))
+    expected = [*range(policy.num_sink_tokens), *range(N - policy.window_size, N)]
+    assert layer.positions.tolist() == [[expected] * H_KV]
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_a_budget_that_covers_everything_plans_nothing(name):
+    assert not load_policy(name, kv_budget=1.0).due(N)
+    assert not load_policy(name, kv_budget=0.2).due(36) and load_policy(name, kv_budget=0.2).due(37)
+
+
+@pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv"])
+def test_the_most_salient_tokens_are_critical_and_the_next_marginal(name):
+    policy = load_policy(name, kv_budget=0.25)
+    order = torch.stack([torch.randperm(2 * N, generator=torch.Generator().manual_seed(h)) for h in range(H_KV)])
+    saliency = order.unsqueeze(0).float()
+    layer = planned(policy, layer_of(N, policy.residency), evidence_of(policy.window_size, saliency))
+    older = N - policy.window_size
+    for head in range(H_KV):
+        ranked = saliency[0, head, policy.num_sink_tokens : older].argsort(descending=True) + policy.num_sink_tokens
+        count = layer.num_kept - policy.num_sink_tokens
+        assert set(layer.kept_positions[0, head].tolist()) - set(range(4)) == set(ranked[:count].tolist())
+        assert set(layer.marginal_positions[0, head].tolist()) == set(
+            ranked[count : count + layer.num_marginal].tolist()
+        )
+
+
+def test_drop_never_promotes_a_marginal_token_and_offload_recalls_anything():
+    first, second = torch.zeros(2, 1, H_KV, 2 * N)
+    first[..., 100:150], second[..., 200:250] = 1.0, 1.0
+    for name, kept_after in (("smallkv", False), ("specsmallkv", True)):
+        policy = load_policy(name, kv_budget=0.25)
+        layer = planned(policy, layer_of(N, policy.residency), evidence_of(policy.window_size, first))
+        assert not set(range(200, 250)) <= set(layer.kept_positions[0, 0].tolist())
+        planned(policy, layer, evidence_of(policy.window_size, second))
+        assert (set(range(200, 250)) <= set(layer.kept_positions[0, 0].tolist())) is kept_after
+
+
+def test_snapkv_freezes_the_prompts_scores():
+    policy = load_policy("snapkv")
+    layer, evidence = layer_of(N, "drop"), evidence_of(policy.window_size)
+    planned(policy, layer, evidence)
+    before = layer.kept_positions.clone()
+    layer.update(*(torch.randn(1, H_KV, 32, DIM) for _ in range(2)))
+    planned(policy, layer, evidence)
+    survivors = layer.kept_positions[layer.kept_positions < N - policy.window_size]
+    assert torch.isin(survivors, before).all() and layer.num_kept > before.shape[2]
+
+
+def test_streaming_llm_keeps_the_latest():
+    policy = load_policy("streaming_llm")
+    layer = planned(policy, layer_of(N, "drop"), evidence_of(policy.window_size))
+    assert layer.positions[0, 0].tolist() == [0, 1, 2, 3, *range(N - 76, N)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("budget", [0.05, 0.2, 0.5, 0.66, 0.8, 0.99, 1.0])
+def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
+    policy = load_policy("smallkv", kv_budget=budget, marginal_share=share)
+    previous = 0
+    for seen in range(1, 1200, 7):
+        sizes = policy.tiers(seen)
+        least = min(seen, policy.num_sink_tokens + policy.window_size)
+        assert sizes.critical + sizes.marginal <= seen
+        assert sizes.critical + sizes.marginal / 2 <= max(budget * seen, least) + 1e-6
+        assert sizes.critical >= max(least, previous), "the critical tier never shrinks as text grows"
+        previous = sizes.critical
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("specsmallkv", "kv_budget", 0.0),
+        ("specsmallkv", "kv_budget", 1.5),
+        ("full", "kv_budget", 0.5),
+        ("snapkv", "kernel_size", 4),
+        ("snapkv", "window_size", 0),
+        ("smallkv", "matching", "best"),
+        ("smallkv", "compensation", "yes"),
+        ("smallkv", "marginal_share", 1.0),
+        ("smallkv", "evict_block", 0),
+        ("smallkv", "residency", "disk"),
+        ("specsmallkv", "residency", "drop"),
+        ("specsmallkv", "selection", "token"),
+        ("streaming_llm", "num_sink_tokens", -1),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_value(name, field, value):
+    with pytest.raises(UserError, match=f"policy.{field}={value}"):
+        load_policy(name, **{field: value})
+
+
+def test_unknown_presets_and_fields_are_refused():
+    with pytest.raises(UserError, match="choose one of full"):
+        load_policy("h3o")
+    with pytest.raises(UserError, match="no field budget"):
+        load_policy("snapkv", budget=0.1)
+
+
+def test_a_policy_from_outside_the_package_works():
+    class KeepOldest(Policy):
+        def score(self, index, layer, candidates, evidence):
+            return -candidates.positions.float()
+
+    policy = KeepOldest(name="oldest", kv_budget=0.25)
+    layer = planned(policy, layer_of(N, "drop"), evidence_of(32))
+    assert layer.kept_positions[0, 0].tolist() == list(range(100 - 32))
