@@ -72,6 +72,7 @@ class AttentionCall:
     backend: str = "sdpa"
     rows: AttentionRows | None = None
     num_queries: int = 0
+    everything: bool = False  # read every key, the host store's too (analysis only)
     queries: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -136,7 +137,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 
 
 def compensate(output: Tensor, layer: TieredLayer) -> Tensor:
-    """o = (1 - sum w) o_L + sum w v over the marginal tier; w from `matching.marginal_weights`, output (B, H_q, q, D)."""
+    """o = (1 - sum w) o_L + sum w v over the marginal tier, w from `matching.marginal_weights`; (B, H_q, q, D)."""
     weights = layer.marginal_weights
     if weights is None or layer.num_marginal == 0:
         return output
@@ -149,13 +150,14 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     if call.num_queries:
         earlier = call.queries.get(index, query[:, :, :0])
         call.queries[index] = torch.cat((earlier, query), dim=2)[:, :, -call.num_queries :]
+    keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
     if call.rows and count:
-        probabilities = attention_probabilities(query[:, :, -count:], layer.keys, scaling)
+        probabilities = attention_probabilities(query[:, :, -count:], keys, scaling)
         call.rows.store(index, layer.seen, probabilities)
         if count == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
-            return weighted_values(probabilities, layer.values)
-    return compensate(BACKENDS[call.backend](query, layer.keys, layer.values, scaling), layer)
+            return weighted_values(probabilities, values)
+    return compensate(BACKENDS[call.backend](query, keys, values, scaling), layer)
 
 
 def tiered_attention(

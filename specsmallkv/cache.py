@@ -67,13 +67,13 @@ class TieredLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.is_initialized = False
-        self.k = self.v = torch.empty(0)  # (B, H_kv, slots, D)
-        self.store_k = self.store_v = torch.empty(0)  # (B, H_kv, capacity, D)
+        self.k = self.v = torch.empty(0, 0, 0, 0)  # (B, H_kv, slots, D)
+        self.store_k = self.store_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, capacity, D)
         self.seen = 0  # logical length, the verify block included
         self.tail_start = 0  # logical position of the first tail token
         self.kept_positions = torch.empty(0, 0, 0, dtype=torch.long)  # (B, H_kv, num_kept), sorted
         self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
-        self.marginal_v = torch.empty(0)  # (B, H_kv, num_marginal, D)
+        self.marginal_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_marginal, D)
         self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
         self.recall_bytes = 0  # moved from the host store since the reset
         self.num_new = 0  # entries of the last retain that were not resident before, over all heads
@@ -134,7 +134,7 @@ class TieredLayer(CacheLayerMixin):
         return self.num_kept + self.seen - self.tail_start
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         return self.k[:, :, : self.num_slots]
 
     @keys.setter
@@ -142,7 +142,7 @@ class TieredLayer(CacheLayerMixin):
         pass  # the base class assigns None
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         return self.v[:, :, : self.num_slots]
 
     @values.setter
@@ -154,6 +154,14 @@ class TieredLayer(CacheLayerMixin):
         """(B, H_kv, num_slots) logical position of every slot, ascending."""
         tail = torch.arange(self.tail_start, self.seen, device=self.kept_positions.device)
         return torch.cat((self.kept_positions, tail.expand(*self.kept_positions.shape[:2], -1)), dim=2)
+
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """K and V of all `seen` tokens (B, H_kv, seen, D), from the host store where they are not in the tail."""
+        if not self.store_k.numel():
+            return self.keys, self.values
+        tail = slice(self.num_kept, self.num_slots)
+        older_k, older_v = (x[:, :, : self.tail_start].to(self.k.device) for x in (self.store_k, self.store_v))
+        return torch.cat((older_k, self.k[:, :, tail]), dim=2), torch.cat((older_v, self.v[:, :, tail]), dim=2)
 
     # --- one round ---------------------------------------------------------------------------------------------
 
@@ -273,7 +281,7 @@ class TieredLayer(CacheLayerMixin):
 class TieredCache(Cache):
     """All layers of one model. The draft's cache is one that never retains, i.e. a preallocated full cache."""
 
-    layers: list[TieredLayer]  # type: ignore[assignment]
+    layers: list[TieredLayer]
 
     def __init__(self, num_layers: int, capacity: int, **layer_options: Any):
         super().__init__(layers=[TieredLayer(capacity, **layer_options) for _ in range(num_layers)])
@@ -310,6 +318,5 @@ class TieredCache(Cache):
     def kept_per_layer(self) -> list[dict[str, int]]:
         """Per layer: critical (K and V, tail included), marginal (V only) and total tokens of each KV head."""
         return [
-            {"critical": layer.num_slots, "marginal": layer.num_marginal, "total": layer.seen}
-            for layer in self.layers
+            {"critical": layer.num_slots, "marginal": layer.num_marginal, "total": layer.seen} for layer in self.layers
         ]

@@ -31,7 +31,7 @@ from .errors import UserError
 from .explain import explain, unknown_argument
 
 OVERRIDE = re.compile(r"(?P<key>[+~]{0,2}\w[\w./@:-]*)=(?P<value>.*)", re.DOTALL)
-PATH_KEY = re.compile(r"(?!hydra\.)(.*_(file|path|dir)|model\.(target|draft))")
+PATH_KEY = re.compile(r".*_(file|path|dir)|model\.(target|draft)")
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -84,10 +84,9 @@ def stop_strings(value: str) -> list[str]:
     if not (value.startswith("[") and value.endswith("]") and re.search("[,'\"]", value)):
         return [value]
     try:
-        override = OverridesParser.create().parse_override(f"stop={value}")
+        elements = OverridesParser.create().parse_override(f"stop={value}").value()
     except HydraException:
         return [value]
-    elements = None if override.is_sweep_override() else override.value()
     if not isinstance(elements, list) or any(isinstance(element, list | dict) for element in elements):
         return [value]
     return [str(element) for element in elements]

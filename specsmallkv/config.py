@@ -20,9 +20,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash")
 SPECULATIONS = ("draft", "none")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-CONFIG_DIR = next(
-    (path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf"
-)
+CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf")
 PROMPT_SOURCES = ("prompt", "prompt_file", "messages_file", "prompts_file")
 Rule = tuple[bool, str, object, str]  # valid?, key, value, remedy
 
@@ -113,9 +111,7 @@ def _check_combinations(config: RunConfig) -> None:
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are given together; keep one of them.")
     if config.messages_file is not None and config.chat is False:
-        raise UserError(
-            "chat=false leaves the messages_file without the template it needs; drop one of them."
-        )
+        raise UserError("chat=false leaves the messages_file without the template it needs; drop one of them.")
 
 
 def _check_unreleased(config: RunConfig) -> None:

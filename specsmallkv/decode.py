@@ -114,8 +114,9 @@ class Decoder:
         sequence.tokens.append(first)
         yield Round([first]), sequence
         if len(sequence.tokens) < sequence.limit and first not in (stop_ids or ()):
-            self.prefill_draft(sequence)
-            self.evict(sequence, after_prefill=True)
+            with sequence.counters.timed("prefill_draft"):
+                self.prefill_draft(sequence)
+                self.evict(sequence, after_prefill=True)
         while len(sequence.tokens) < sequence.limit and sequence.tokens[-1] not in (stop_ids or ()):
             yield self.round(sequence, generator, stop_ids or set()), sequence
 
@@ -125,11 +126,11 @@ class Decoder:
         with counters.timed("draft"):
             drafts, probabilities = self.draft(sequence, generator)
         with counters.timed("plan"):
-            self.plan(sequence)
+            self.plan(sequence, drafts)
         with counters.timed("verify"):
             logits = self.verify(sequence, drafts)
             accepted, following = accept(drafts, probabilities, logits, self.sampler, generator)
-        emitted = until_stop(drafts[:accepted] + [following], stop_ids)
+        emitted = until_stop([*drafts[:accepted], following], stop_ids)
         sequence.tokens += emitted
         with counters.timed("evict"):
             self.rollback(sequence, len(drafts) + 1 - len(emitted))
@@ -142,7 +143,7 @@ class Decoder:
     def start(self, prompt: list[int], max_new_tokens: int) -> Sequence:
         """Caches and scratch for one sequence."""
         limit = len(prompt) + max_new_tokens
-        room = self.num_draft_tokens + 1
+        room = min(self.num_draft_tokens, max_new_tokens) + 1
         sizes = self.policy.tiers(limit)
         resident = sizes.critical + self.policy.evict_block + room if self.policy.evicts else None
         target = TieredCache(
@@ -152,7 +153,7 @@ class Decoder:
             residency=self.policy.residency,
         )
         draft = TieredCache(self.draft_model.config.num_hidden_layers, limit + room) if self.draft_model else None
-        evidence = Evidence(scaling=attention_scaling(self.target), oracle=self._oracle(limit + room))
+        evidence = Evidence(scaling=attention_scaling(self.target), oracle=self._oracle(room, limit + room))
         return Sequence(list(prompt), limit, target, draft, evidence)
 
     def prefill(self, sequence: Sequence) -> Tensor:
@@ -172,7 +173,7 @@ class Decoder:
                 self.observe_draft(sequence, committed[-window:])
 
     def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
-        """Draft tokens with their distributions; one more step, for the last token's rows, if the policy reads them."""
+        """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
         drafts: list[int] = []
         probabilities: list[Tensor | None] = []
         count, oracle = self._num_drafts(sequence), sequence.evidence.oracle
@@ -181,22 +182,22 @@ class Decoder:
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count + 1 if oracle else count):
             call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
-            logits = self._forward(self.draft_model, sequence.draft, pending, call)[-1]
+            logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
             if step < count:
-                token, distribution = propose(
-                    match_vocabulary(logits, self.vocab_size), self.sampler, generator
-                )
+                token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
                 drafts.append(token)
                 probabilities.append(distribution)
                 pending = [token]
         return drafts, probabilities
 
-    def plan(self, sequence: Sequence) -> None:
+    def plan(self, sequence: Sequence, drafts: list[int]) -> None:
         """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all."""
-        oracle = sequence.evidence.oracle
-        if self.policy.every_round and self.policy.due(sequence.target.seen):
-            assert oracle is not None, "a lookahead policy reads the draft"
-            sequence.evidence.saliency = oracle.lookahead_saliency(sequence.target.seen)
+        oracle, seen = sequence.evidence.oracle, sequence.target.seen
+        if self.policy.every_round and self.policy.due(seen):
+            if self.policy.reads_target:
+                sequence.evidence.saliency = self.look(sequence, drafts)[..., :seen]
+            elif oracle is not None:
+                sequence.evidence.saliency = oracle.lookahead_saliency(seen)
             self._retain(sequence)
         if self.policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
             for index, layer in enumerate(sequence.target.layers):
@@ -209,10 +210,20 @@ class Decoder:
                         self.policy.compensation,
                     )
 
+    def look(self, sequence: Sequence, drafts: list[int]) -> Tensor:
+        """The target's true attention of the coming block, from every key: saliency (L, H_kv, N). Analysis only."""
+        tokens, config = [sequence.tokens[-1], *drafts], self.target.config
+        end = sequence.target.seen + len(tokens)
+        rows = AttentionRows(config.num_hidden_layers, config.num_attention_heads, len(tokens), end, self.device)
+        rows.start(sequence.target.seen, len(tokens))
+        self.forward(self.target, sequence.target, tokens, AttentionCall(self.attention, rows=rows, everything=True))
+        sequence.target.rollback(len(tokens))
+        return rows.values.mean(1).view(config.num_hidden_layers, config.num_key_value_heads, -1, end).mean(2)
+
     def verify(self, sequence: Sequence, drafts: list[int]) -> Tensor:
         """One target pass over the last token and the drafts: logits (k + 1, V)."""
         tokens = [sequence.tokens[-1], *drafts]
-        logits = self._forward(self.target, sequence.target, tokens, AttentionCall(self.attention), len(tokens))
+        logits = self.forward(self.target, sequence.target, tokens, AttentionCall(self.attention), len(tokens))
         sequence.counters.see(sequence.target)
         return logits
 
@@ -244,7 +255,7 @@ class Decoder:
     def observe_target(self, sequence: Sequence, window: list[int]) -> Tensor:
         """Feed the window to the target and keep its queries; logits (V,) of the last position."""
         call = AttentionCall(self.attention, num_queries=len(window))
-        logits = self._forward(self.target, sequence.target, window, call)
+        logits = self.forward(self.target, sequence.target, window, call)
         sequence.evidence.queries = call.queries
         return logits[-1]
 
@@ -258,7 +269,7 @@ class Decoder:
         end = sequence.draft.seen + len(window)
         rows = self._rows(len(window), end)
         rows.start(end - len(window), len(window))
-        self._forward(self.draft_model, sequence.draft, window, AttentionCall(self.attention, rows=rows))
+        self.forward(self.draft_model, sequence.draft, window, AttentionCall(self.attention, rows=rows))
         oracle.fit(
             rows.values,
             evidence.queries,
@@ -269,7 +280,7 @@ class Decoder:
         )
 
     def _observe_if_needed(self, sequence: Sequence) -> None:
-        """A prompt too short to evict left no window: read the last committed tokens once more, now that it matters."""
+        """A prompt too short to evict left no window: read the last tokens once more, now that it matters."""
         if sequence.evidence.queries:
             return
         window = sequence.tokens[: sequence.target.seen][-self.policy.window_size :]
@@ -304,10 +315,10 @@ class Decoder:
             config.num_hidden_layers, config.num_attention_heads, num_rows, length, self.draft_model.device
         )
 
-    def _oracle(self, capacity: int) -> AttentionOracle | None:
+    def _oracle(self, num_rows: int, capacity: int) -> AttentionOracle | None:
         if not self.policy.reads_draft:
             return None
-        rows = self._rows(self.num_draft_tokens + 1, capacity)
+        rows = self._rows(num_rows, capacity)
         return AttentionOracle(rows, self.target.config.num_key_value_heads)
 
     def _feed(self, model: PreTrainedModel, cache: TieredCache, tokens: list[int]) -> Tensor:
@@ -315,10 +326,10 @@ class Decoder:
         logits = torch.empty(0)
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            logits = self._forward(model, cache, chunk, AttentionCall(self.attention))[-1]
+            logits = self.forward(model, cache, chunk, AttentionCall(self.attention))[-1]
         return logits
 
-    def _forward(
+    def forward(
         self,
         model: PreTrainedModel | None,
         cache: TieredCache | None,
@@ -330,7 +341,11 @@ class Decoder:
         assert model is not None and cache is not None
         ids = torch.tensor([tokens], device=model.device)
         output = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=num_logits, attention_call=call
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=num_logits,
+            attention_call=call,
         )
         return output.logits[0].float()
 

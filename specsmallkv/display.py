@@ -15,6 +15,7 @@ from rich.table import Table
 from .generator import Generation
 
 MEBIBYTE = 2**20
+WIDTH = 120
 
 
 class Display:
@@ -22,6 +23,8 @@ class Display:
 
     def __init__(self, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
+        if not self.console.is_terminal:
+            self.console.width = WIDTH  # a log file has no width to wrap at
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -57,6 +60,17 @@ class Display:
             table.add_row(name, value)
         self.console.print(table)
 
+    def fidelity(self, results: list[dict[str, Any]]) -> None:
+        """One line per policy and budget."""
+        table = Table(title="distance to the full cache", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for name in ("policy", "kv_budget", "KL mean", "top-1", "recall", "bytes", "KL / snapkv"):
+            table.add_column(name)
+        for r in results:
+            ratio = f"{r['kl_ratio_to_snapkv']:.3f}" if "kl_ratio_to_snapkv" in r else ""
+            numbers = (f"{r[key]:.4f}" for key in ("kl_mean", "top1_agreement", "attention_recall", "kv_share_mean"))
+            table.add_row(r["policy"], str(r["kv_budget"]), *numbers, ratio)
+        self.console.print(table)
+
 
 def live_line(generation: Generation) -> str:
     count, seconds = len(generation.token_ids), max(generation.seconds, 1e-9)
@@ -74,21 +88,37 @@ def title(record: dict[str, Any]) -> str:
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, value) of every figure that the run has."""
     yield "tokens", f"{record['prompt_tokens']} prompt, {record['new_tokens']} new"
-    yield "speed", (
-        f"{record['tokens_per_second']:.2f} tokens/s in all, {record['decode_tokens_per_second'] or 0:.2f} decoding, "
-        f"first token after {record['ttft_seconds']:.2f} s"
+    yield (
+        "speed",
+        (
+            f"{record['tokens_per_second']:.2f} tokens/s in all, "
+            f"{record['decode_tokens_per_second'] or 0:.2f} decoding, "
+            f"first token after {record['ttft_seconds']:.2f} s"
+        ),
     )
     if record.get("acceptance_rate") is not None:
-        yield "speculation", (
-            f"{record['acceptance_rate']:.0%} of {record['drafted_tokens']} drafts accepted, "
-            f"{record['acceptance_length']:.2f} tokens per verify pass"
+        yield (
+            "speculation",
+            (
+                f"{record['acceptance_rate']:.0%} of {record['drafted_tokens']} drafts accepted, "
+                f"{record['acceptance_length']:.2f} tokens per verify pass"
+            ),
         )
-    if "target_kv_bytes" not in record:
+    if record["target_kv_bytes"] is None:
         return
     full = record["target_kv_bytes_full"]
-    yield "target KV", f"{mebibytes(record['target_kv_bytes'])} of {mebibytes(full)} full ({record['kv_budget_effective']:.1%})"
-    yield "host store", f"{mebibytes(record['target_kv_host_bytes'])}, {mebibytes(record['recall_bytes'])} recalled"
-    yield "draft", f"{mebibytes(record['draft_kv_bytes'])} KV, {mebibytes(record['draft_weight_bytes'])} weights"
+    yield (
+        "target KV",
+        f"{mebibytes(record['target_kv_bytes'])} of {mebibytes(full)} full ({record['kv_budget_effective']:.1%})",
+    )
+    yield (
+        "host store",
+        f"{mebibytes(record['target_kv_host_bytes'])}, {mebibytes(record['recall_bytes'])} recalled",
+    )
+    yield (
+        "draft",
+        f"{mebibytes(record['draft_kv_bytes'])} KV, {mebibytes(record['draft_weight_bytes'])} weights",
+    )
     yield "tiers per head", tiers(record["kept_per_layer"])
 
 

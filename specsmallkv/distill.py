@@ -1,7 +1,7 @@
-"""Make a draft from any Llama- or Qwen-family target: some of its layers, trained to say and look what the target does.
+"""Make a draft from any Llama- or Qwen-family target: some of its layers, trained to say and look as it does.
 
-The draft keeps the target's width and uses its embeddings and head (frozen, never saved). What a step reads and which rows
-it compares are functions of (seed, step) alone, so a run that is killed and resumed ends with the same weights.
+The draft keeps the target's width and uses its embeddings and head (frozen, never saved). What a step reads and which
+rows it compares are functions of (seed, step) alone, so a run that is killed and resumed ends with the same weights.
 """
 
 import copy
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,9 +24,7 @@ from .distill_loss import (
     LogitDivergence,
     RowRecorder,
     attention_divergence,
-    attention_recall,
     initial_mixture,
-    predict_rows,
 )
 from .distill_text import TokenStream
 from .errors import UserError
@@ -77,7 +75,7 @@ def build_draft(target: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     base, source = draft.base_model, target.base_model
     base.layers = nn.ModuleList(copy.deepcopy(source.layers[i]).float() for i in layers)
     for index, layer in enumerate(base.layers):
-        layer.self_attn.layer_idx = index
+        layer.self_attn.layer_idx, layer.self_attn.config = index, config  # one config decides the attention
     base.norm, base.rotary_emb = copy.deepcopy(source.norm).float(), copy.deepcopy(source.rotary_emb)
     base.embed_tokens = source.embed_tokens
     draft.set_output_embeddings(target.get_output_embeddings())
@@ -121,7 +119,7 @@ class Trainer:
         s = self.settings
         long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
         count, length = (1, s.step_tokens) if long else (s.batch_size, s.seq_len)
-        shares = torch.tensor([1 - s.answers_share, s.answers_share][-len(self.streams):])
+        shares = torch.tensor([1 - s.answers_share, s.answers_share][-len(self.streams) :])
         choice = torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
         return torch.stack([self.streams[i].sequence(length, generator) for i in choice]).to(self.target.device)
 
@@ -167,7 +165,9 @@ class Trainer:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
             if facts["settings"] != self._identity():
-                raise UserError(f"checkpoint {path} belongs to other settings; set task.resume=false or another output_dir.")
+                raise UserError(
+                    f"checkpoint {path} belongs to other settings; set task.resume=false or another output_dir."
+                )
             for name, p in self.parameters.items():
                 p.data.copy_(file.get_tensor(f"parameter.{name}"))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in file.keys()]  # noqa: SIM118
@@ -175,7 +175,9 @@ class Trainer:
         self.step = int(facts["step"])
 
     def _identity(self) -> str:
-        return json.dumps(asdict(self.settings) | {"checkpoint_minutes": None, "data": [s.digest for s in self.streams]})
+        return json.dumps(
+            asdict(self.settings) | {"checkpoint_minutes": None, "data": [s.digest for s in self.streams]}
+        )
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -184,7 +186,12 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
     os.replace(partial, path)
 
 
-def train(trainer: Trainer, output_dir: Path, on_step: Callable[[int, dict[str, float]], None], on_checkpoint: Callable[[], None]) -> None:
+def train(
+    trainer: Trainer,
+    output_dir: Path,
+    on_step: Callable[[int, dict[str, float]], None],
+    on_checkpoint: Callable[[], None],
+) -> None:
     """Run to the last step; every few minutes write `checkpoint.safetensors` and call back."""
     saved = time.monotonic()
     with (output_dir / "curve.jsonl").open("a") as curve:

@@ -1,6 +1,6 @@
 """The two losses of a distilled draft: say what the target says, and look where the target looks.
 
-Shapes: B sequences, T tokens, R query rows, M draft heads (layers x heads), A target heads (layers x heads), V vocabulary.
+Shapes: B sequences, T tokens, R query rows, V vocabulary; M draft heads and A target heads (layers x heads).
 """
 
 from typing import Any
@@ -60,18 +60,19 @@ class LogitDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target_hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """hidden, target_hidden (N, d), head (V, d)"""
-        gradient, total, agreed = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32), 0
+        gradient = torch.empty_like(hidden)
+        total, agreed = hidden.new_zeros(2, dtype=torch.float32).unbind()
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             drafted = (hidden[part].to(head.dtype) @ head.T).float()
             wanted = (target_hidden[part].to(head.dtype) @ head.T).float()
-            agreed += (drafted.argmax(-1) == wanted.argmax(-1)).sum()
+            agreed = agreed + (drafted.argmax(-1) == wanted.argmax(-1)).sum()
             drafted, wanted = drafted.log_softmax(-1), wanted.log_softmax(-1)
             probability = wanted.exp()
-            total += (probability * wanted.sub_(drafted)).sum()
+            total = total + (probability * wanted.sub_(drafted)).sum()
             gradient[part] = (drafted.exp_().sub_(probability)).to(head.dtype) @ head
         ctx.save_for_backward(gradient / len(hidden))
-        return total / len(hidden), torch.as_tensor(agreed / len(hidden))
+        return total / len(hidden), agreed / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
@@ -79,7 +80,7 @@ class LogitDivergence(torch.autograd.Function):
 
 
 def predict_rows(mixture: Tensor, draft_rows: Tensor) -> Tensor:
-    """Each target head's rows (B, A, R, T) as a mixture, weights softmax(mixture) (A, M), of draft rows (B, M, R, T)."""
+    """Target rows (B, A, R, T) as mixtures, weights softmax(mixture) (A, M), of draft rows (B, M, R, T)."""
     return torch.einsum("am,bmrt->bart", mixture.softmax(-1), draft_rows)
 
 
@@ -91,7 +92,7 @@ def without_sink(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_divergence(mixture: Tensor, draft_rows: Tensor, target_rows: Tensor) -> Tensor:
-    """Mean KL(target row || predicted row) without the sink, weighted by the mass that the target puts off the sink."""
+    """Mean KL(target row || predicted row) without the sink, weighted by the target's mass off the sink."""
     predicted, _ = without_sink(predict_rows(mixture, draft_rows))
     wanted, mass = without_sink(target_rows)
     divergence = F.kl_div((predicted + EPSILON).log(), wanted, reduction="none").sum(-1, keepdim=True)

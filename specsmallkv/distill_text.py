@@ -1,4 +1,4 @@
-"""Training text of a distilled draft: answers sampled from the target itself, and packing of texts into one token stream.
+"""Training text of a distilled draft: answers sampled from the target, and texts packed into one token stream.
 
 Knows nothing about losses or optimisers: texts and prompts go in, token ids come out.
 """
@@ -7,9 +7,7 @@ import hashlib
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from .errors import UserError
+from transformers import PreTrainedModel
 
 COMPACT_BELOW = 0.75  # drop finished rows from a batch once fewer than this share of them is still writing
 BLOCK = 128  # the vocabulary is searched in blocks of this many tokens: far cheaper than torch.multinomial on a CPU
@@ -55,10 +53,17 @@ def sample_batch(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(max_new_tokens):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        out = target(**{k: v.to(target.device) for k, v in inputs.items() if isinstance(v, Tensor)} | {"past_key_values": cache}, use_cache=True, logits_to_keep=1)
+        out = target(
+            **{k: v.to(target.device) for k, v in inputs.items() if isinstance(v, Tensor)}
+            | {"past_key_values": cache},
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache = out.past_key_values
         ids = sample_tokens(out.logits[:, -1].cpu(), heat, generator)[:, None]
-        alive = torch.tensor([append_token(answers[r], t, eos) for r, t in zip(rows.tolist(), ids[:, 0].tolist())])
+        alive = torch.tensor(
+            [append_token(answers[r], t, eos) for r, t in zip(rows.tolist(), ids[:, 0].tolist(), strict=True)]
+        )
         mask, positions = torch.cat([mask, torch.ones_like(ids)], -1), positions[:, -1:] + 1
         if not alive.any():
             break

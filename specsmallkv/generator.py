@@ -3,10 +3,10 @@
     spec = SpecSmallKV.from_pretrained("Qwen/Qwen2-7B-Instruct", draft="Qwen/Qwen2-0.5B-Instruct", kv_budget=0.1)
     print(spec.generate("Why is the sky blue?").text)
 
-Everything about tokens happens in `decode.py`; this file turns prompts into ids, ids into text and counters into figures.
+Everything about tokens happens in `decode.py`; this file turns prompts into ids, ids into text and counters
+into figures.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -27,10 +27,31 @@ from .prompts import Messages
 from .sampling import Sampler
 from .streaming import TextStream
 
+WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # `sampling.py` does what they do
+MEMORY_FIGURES = (
+    "rounds",
+    "drafted_tokens",
+    "accepted_tokens",
+    "acceptance_rate",
+    "acceptance_length",
+    "target_kv_bytes",
+    "target_kv_bytes_full",
+    "kv_budget_effective",
+    "target_kv_allocated_bytes",
+    "target_kv_host_bytes",
+    "draft_kv_bytes",
+    "scratch_bytes",
+    "recall_bytes",
+    "new_per_round",
+    "kept_per_layer",
+    "head_map_similarity",
+    "phase_seconds",
+)
+
 
 @dataclass
 class GenerationSettings:
-    """How one text is generated. stop: strings that end it (not part of it); chat: None means if there is a template."""
+    """How one text is generated. stop: strings that end it, not part of it; chat: None is "if there is a template"."""
 
     max_new_tokens: int = 128
     sampler: Sampler = field(default_factory=Sampler)
@@ -41,7 +62,7 @@ class GenerationSettings:
 
 
 class Generation:
-    """One text in the making: iterate for its pieces, read `text` and `figures()` at any time, also after an interrupt."""
+    """One text in the making: iterate for its pieces; `text` and `figures()` hold what there is at any time."""
 
     def __init__(self, spec: "SpecSmallKV", prompt_ids: list[int], settings: GenerationSettings):
         self._spec, self.prompt_ids, self._settings = spec, prompt_ids, settings
@@ -69,9 +90,8 @@ class Generation:
         spec, settings = self._spec, self._settings
         stop_ids: set[int] = set() if settings.ignore_eos else spec.pair.eos_token_ids
         decoder = spec.decoder(settings.sampler)
-        for round_, self.sequence in decoder.generate(
-            self.prompt_ids, settings.max_new_tokens, stop_ids, settings.seed
-        ):
+        for round_, sequence in decoder.generate(self.prompt_ids, settings.max_new_tokens, stop_ids, settings.seed):
+            self.sequence = sequence
             yield round_
 
     def _push(self, token: int) -> str:
@@ -92,11 +112,16 @@ class Generation:
             "decode_tokens_per_second": (count - 1) / decoding if count > 1 else None,
             "peak_memory_bytes": peak_memory_bytes(self._spec.pair.target.device),
         }
-        return figures | (memory_figures(self.sequence) if self.sequence else {})
+        return figures | memory_figures(self.sequence)
 
 
-def memory_figures(sequence: Sequence) -> dict[str, Any]:
-    """Acceptance and bytes of one sequence; the target's bytes are those of the fullest round after prefill."""
+def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
+    """Acceptance and bytes of one sequence, null before its first token.
+
+    The target's bytes are those of the fullest round after prefill.
+    """
+    if sequence is None:
+        return dict.fromkeys(MEMORY_FIGURES)
     counters, target, oracle = sequence.counters, sequence.target, sequence.evidence.oracle
     used, full = counters.max_target_bytes or target.nbytes, counters.full_bytes_then or target.full_nbytes
     return {
@@ -120,10 +145,14 @@ def memory_figures(sequence: Sequence) -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of the device's allocator, or of this process's resident set on CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak of the device's allocator, or of this process's resident set on CPU; None where no system call tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -169,16 +198,16 @@ class SpecSmallKV:
         return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention)
 
     def decoder(self, sampler: Sampler) -> Decoder:
-        return Decoder(
-            self.pair.target, self.pair.draft, self.policy, self.num_draft_tokens, sampler, self.attention
-        )
+        return Decoder(self.pair.target, self.pair.draft, self.policy, self.num_draft_tokens, sampler, self.attention)
 
     def encode(self, prompt: str | Messages, chat: bool | None = None) -> list[int]:
         """Prompt ids; a string becomes one user message unless `chat` is false or there is no template."""
         tokenizer = self.pair.tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if not has_template and (chat or not isinstance(prompt, str)):
-            raise UserError(f"{self.pair.target_origin} model has no chat template; give a plain prompt and chat=false.")
+            raise UserError(
+                f"{self.pair.target_origin} model has no chat template; give a plain prompt and chat=false."
+            )
         if not has_template or chat is False:
             return tokenizer(prompt)["input_ids"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -189,10 +218,12 @@ class SpecSmallKV:
         """A `Generation` to iterate over. prompt: text, chat messages or token ids; settings as GenerationSettings,
         with temperature, top_p and top_k accepted directly."""
         sampling = {key: settings.pop(key) for key in ("temperature", "top_p", "top_k") if key in settings}
-        chosen = GenerationSettings(**settings, **({"sampler": Sampler(**sampling)} if sampling else {}))
+        if sampling:
+            settings["sampler"] = Sampler(**sampling)
+        chosen = GenerationSettings(**settings)
         is_ids = isinstance(prompt, list) and all(isinstance(x, int) for x in prompt)
         ids = prompt if is_ids else self.encode(prompt, chosen.chat)  # type: ignore[arg-type]
-        self._check_length(ids, chosen.max_new_tokens)  # type: ignore[arg-type]
+        self.check_length(ids, chosen.max_new_tokens)  # type: ignore[arg-type]
         return Generation(self, ids, chosen)  # type: ignore[arg-type]
 
     def generate(self, prompt: str | Messages | list[int], **settings: Any) -> Generation:
@@ -202,7 +233,7 @@ class SpecSmallKV:
             pass
         return generation
 
-    def _check_length(self, ids: list[int], max_new_tokens: int) -> None:
+    def check_length(self, ids: list[int], max_new_tokens: int) -> None:
         if not ids:
             raise UserError("The prompt has no tokens; give some text.")
         if max_new_tokens < 1:
@@ -211,8 +242,8 @@ class SpecSmallKV:
             window = model.config.max_position_embeddings
             if len(ids) + max_new_tokens > window:
                 raise UserError(
-                    f"The prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the context window of "
-                    f"{window} tokens; shorten one of them."
+                    f"The prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the context window "
+                    f"of {window} tokens; shorten one of them."
                 )
 
     def custom_generate(
@@ -226,14 +257,15 @@ class SpecSmallKV:
     ) -> torch.Tensor:
         """For transformers' `model.generate(ids, custom_generate=spec.custom_generate)`: ids (1, prompt + new)."""
         if model is not self.pair.target:
-            raise UserError("custom_generate was called on another model than the target that was loaded; call it there.")
-        refuse_unsupported(generation_config, input_ids)
+            raise UserError("custom_generate was called on another model; call it on spec.pair.target.")
+        refuse_unsupported(generation_config, input_ids, logits_processor)
         prompt = input_ids[0].tolist()
-        settings = sampler_of(generation_config)
+        self.check_length(prompt, generation_config.max_length - len(prompt))
+        sampler, seed = sampler_of(generation_config), int(torch.randint(2**63 - 1, ()))
         ids = list(prompt)
-        decoder = self.decoder(settings)
+        decoder = self.decoder(sampler)
         budget = generation_config.max_length - len(prompt)
-        for round_, _ in decoder.generate(prompt, budget, eos_ids(generation_config), torch.initial_seed() % 2**63):
+        for round_, _ in decoder.generate(prompt, budget, eos_ids(generation_config), seed):
             for token in round_.tokens:
                 ids.append(token)
                 if stopping_criteria(torch.tensor([ids], device=input_ids.device), None).all():
@@ -241,10 +273,8 @@ class SpecSmallKV:
         return torch.tensor([ids], device=input_ids.device)
 
 
-def refuse_unsupported(generation_config: Any, input_ids: torch.Tensor) -> None:
+def refuse_unsupported(generation_config: Any, input_ids: torch.Tensor, logits_processor: Any) -> None:
     """What this generator would silently ignore is refused."""
-    if input_ids.shape[0] != 1:
-        raise UserError(f"custom_generate got a batch of {input_ids.shape[0]}; give one sequence at a time.")
     neutral = {
         "num_beams": (None, 1),
         "num_return_sequences": (None, 1),
@@ -254,10 +284,21 @@ def refuse_unsupported(generation_config: Any, input_ids: torch.Tensor) -> None:
         "min_p": (None, 0.0),
         "typical_p": (None, 1.0),
         "bad_words_ids": (None,),
+        "suppress_tokens": (None,),
+        "min_length": (None, 0),
+        "guidance_scale": (None, 1.0),
+        "return_dict_in_generate": (None, False),
     }
     for key, values in neutral.items():
         if getattr(generation_config, key, None) not in values:
-            raise UserError(f"{key}={getattr(generation_config, key)} is not supported by this generator; leave it out.")
+            raise UserError(
+                f"{key}={getattr(generation_config, key)} is not supported by this generator; pass {key}={values[-1]}."
+            )
+    for processor in logits_processor or ():
+        if type(processor).__name__ not in WARPERS:
+            raise UserError(f"{type(processor).__name__} is not supported by this generator; pass {key}={values[-1]}.")
+    if input_ids.shape[0] != 1:
+        raise UserError(f"custom_generate got a batch of {input_ids.shape[0]}; give one sequence at a time.")
 
 
 def sampler_of(generation_config: Any) -> Sampler:

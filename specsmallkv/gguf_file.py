@@ -1,7 +1,7 @@
 """A GGUF file as a Hugging Face directory: config, bf16 safetensors, generation config and tokenizer.
 
-Llama, Qwen2 and Qwen3 files only. Anything in a file that is not understood (rope scaling, an unknown tensor) is refused:
-left out, it would give a model that runs and is wrong. Where files come from is not known here (`wheel.py`).
+Llama, Qwen2 and Qwen3 files only. Anything in a file that is not understood (rope scaling, an unknown tensor) is
+refused: left out, it would give a model that runs and is wrong. Where files come from is not known here (`wheel.py`).
 """
 
 import re
@@ -79,7 +79,7 @@ def _config(fields: Fields, tensors: list[ReaderTensor]) -> PreTrainedConfig:
     architecture = fields["general.architecture"]
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"the GGUF's architecture {architecture!r} is not supported; use a {', '.join(ARCHITECTURES)} file."
+            f"the GGUF's architecture {architecture!r} is not supported; use a {', '.join(ARCHITECTURES)} one."
         )
     unknown = [name for name in fields if ".rope.scaling." in name or name.endswith(".sliding_window")]
     if unknown:
@@ -107,7 +107,7 @@ def _config(fields: Fields, tensors: list[ReaderTensor]) -> PreTrainedConfig:
 
 def _weights(tensors: list[ReaderTensor], config: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if config.model_type == "llama" and ".attn_q." in tensor.name:
             weight = _halves_of_pairs(weight, config.num_attention_heads)
         if config.model_type == "llama" and ".attn_k." in tensor.name:
@@ -116,7 +116,7 @@ def _weights(tensors: list[ReaderTensor], config: PreTrainedConfig) -> Iterator[
 
 
 def _halves_of_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Llama files interleave the two halves that RoPE rotates against each other; transformers keeps them apart."""
+    """Llama files interleave the two halves that RoPE turns against each other; transformers keeps them apart."""
     pairs = weight.unflatten(0, (num_heads, -1, 2))  # (H, D/2, 2, ...)
     return pairs.transpose(1, 2).reshape(weight.shape)
 
@@ -129,9 +129,7 @@ def _hub_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in TENSOR_NAMES and kind == "weight":
         return f"{TENSOR_NAMES[stem]}.{kind}"
-    raise UserError(
-        f"the GGUF's tensor {name!r} is not understood; use the safetensors checkpoint of this model."
-    )
+    raise UserError(f"the GGUF's tensor {name!r} is not understood; use the safetensors checkpoint of this model.")
 
 
 def _check_complete(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -140,8 +138,8 @@ def _check_complete(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) 
     if expected != found:
         name = min(name for name, _ in expected.items() ^ found.items())
         raise UserError(
-            f"the GGUF's tensor {name!r} has shape {found.get(name)}, its config asks for {expected.get(name)}; "
-            "use the safetensors checkpoint of this model."
+            f"the GGUF's tensor {name!r} has shape {found.get(name)} where its config asks for "
+            f"{expected.get(name)}; use the safetensors checkpoint of this model."
         )
 
 
@@ -157,5 +155,6 @@ def _generation_config(fields: Fields) -> GenerationConfig:
 def _special_ids(fields: Fields) -> dict[str, Any]:
     """All ids that end a text: chat files name the end of a turn beside the end of the text."""
     ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
-    ends = sorted({ids["eos"], ids["eot"]} - {None})
-    return {"bos_token_id": ids["bos"], "eos_token_id": ends or None, "pad_token_id": ids["padding"]}
+    ends = sorted({i for i in (ids["eos"], ids["eot"]) if i is not None})
+    eos = ends if len(ends) > 1 else ids["eos"]
+    return {"bos_token_id": ids["bos"], "eos_token_id": eos, "pad_token_id": ids["padding"]}

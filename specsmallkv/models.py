@@ -1,10 +1,11 @@
 """Load a target and a draft that fit each other.
 
-Weights come from safetensors through transformers' own classes; no code from a checkpoint is ever run. Loaded models are
-in eval mode and frozen. Nothing here knows caches, attention or policies.
+Weights come from safetensors through transformers' own classes; no code from a checkpoint is ever run. Loaded
+models are in eval mode and frozen. Nothing here knows caches, attention or policies.
 """
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # model, tokenize
 
 @dataclass
 class ModelPair:
-    """origins: "safetensors", "dequantised GGUF", "random weights" or "distilled draft", as the record shows them."""
+    """Origins, as the record shows them: "safetensors", "dequantised GGUF", "random weights", "distilled draft"."""
 
     target: PreTrainedModel
     draft: PreTrainedModel | None
@@ -41,7 +42,7 @@ class ModelPair:
     @property
     def eos_token_ids(self) -> set[int]:
         configs = (self.target.generation_config, self.target.config, self.tokenizer)
-        ids = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
+        ids: Any = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
         return set(ids) if isinstance(ids, list | tuple) else {ids}
 
     @property
@@ -57,9 +58,7 @@ class ModelPair:
 def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> ModelPair:
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
     if need_draft and not config.draft:
-        raise UserError(
-            f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none."
-        )
+        raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
     target, tokenizer, origin = load_target(config.target, dtype, device, quiet)
     if not (need_draft and config.draft):
         return ModelPair(target, None, tokenizer, origin, None)
@@ -74,7 +73,7 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
 
 def load_target(source: str, dtype: torch.dtype, device: torch.device, quiet: bool = False) -> Loaded:
     if source.startswith("random:"):
-        model = random_model.build(source).to(device, dtype)
+        model = random_model.build(source, dtype).to(device)
         return _freeze(model), byte_tokenizer(), "random weights"
     directory = resolve(source, quiet)
     model = _load_weights(directory, source, dtype, device, quiet)
@@ -116,16 +115,15 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"model.device={name!r} is no device; use auto, cpu, mps, cuda or cuda:N.") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 0):
-        raise UserError(
-            f"model.device={name} is not there ({count.get(device.type, 0)} {device.type} devices); use auto or cpu."
-        )
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = counts.get(device.type, 0)
+    if (device.index or 0) >= count:
+        raise UserError(f"model.device={name} is not there ({count} {device.type} devices); use auto or cpu.")
     return device
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Tells models apart, e.g. to key a saved head map: the same for float32 and bfloat16 copies of bfloat16 weights."""
+    """Tells models apart, e.g. to key a saved head map; the same for float32 and bfloat16 copies of bf16 weights."""
     config = model.config
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     digest = hashlib.sha256(repr([getattr(config, name) for name in (*names, "vocab_size")]).encode())
@@ -158,9 +156,7 @@ def _load_weights(
         ) from error
     except (OSError, RuntimeError, ImportError, SafetensorError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f"the weights of {source} cannot be loaded ({reason}); download them again."
-        ) from error
+        raise UserError(f"the weights of {source} cannot be loaded ({reason}); download them again.") from error
     _refuse_incomplete(report["missing_keys"], source)
     return _freeze(model)
 
@@ -182,11 +178,9 @@ def _load_sharing_embeddings(
     left, unknown = model.load_state_dict(own, strict=False, assign=True)
     _refuse_incomplete([name for name in left if model.get_parameter(name).is_meta], source)
     if unknown:
-        raise UserError(
-            f"{source} has unexpected weights such as {unknown[0]}; distil it again with task=distill."
-        )
+        raise UserError(f"{source} has unexpected weights such as {unknown[0]}; distil it again with task=distill.")
     # Its buffers are computed, not stored, and still lie on the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return _freeze(model)
 
 
@@ -194,14 +188,12 @@ def _check_distilled_for(
     facts: dict[str, Any], directory: Path, source: str, target: PreTrainedModel, target_source: str
 ) -> None:
     config = typed_config(directory, source)
-    same_shape = all(
-        getattr(config, name) == getattr(target.config, name) for name in ("hidden_size", "vocab_size")
-    )
+    same_shape = all(getattr(config, name) == getattr(target.config, name) for name in ("hidden_size", "vocab_size"))
     same_target = facts["target"] == target_source or facts.get("target_fingerprint") == fingerprint(target)
     if not (same_shape and same_target):
         raise UserError(
-            f"draft {source} was distilled for {facts['target']} and shares its embeddings, so it cannot serve "
-            f"{target_source}; set model.draft to another model or model.target={facts['target']}."
+            f"draft {source} was distilled for {facts['target']} and shares its embeddings, so it cannot "
+            f"serve {target_source}; set model.draft to another model or model.target={facts['target']}."
         )
 
 
@@ -212,8 +204,8 @@ def _check_vocabulary_fits(
     last, rows = max(live_vocabulary(tokenizer).values()), (target.config.vocab_size, draft.config.vocab_size)
     if last >= min(rows):
         raise UserError(
-            f"token id {last} lies beyond the smaller vocabulary of {config.target} ({rows[0]}) and {config.draft} "
-            f"({rows[1]}); set model.draft to a smaller model of the target's own family."
+            f"token id {last} lies beyond the smaller vocabulary of {config.target} ({rows[0]}) and "
+            f"{config.draft} ({rows[1]}); set model.draft to a smaller model of the target's own family."
         )
 
 
@@ -246,7 +238,7 @@ def _loading_messages(quiet: bool) -> Iterator[None]:
     """transformers' report of missing weights is checked here, not printed."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
         yield

@@ -21,6 +21,7 @@ class AttentionOracle:
         self.head_map: HeadMap | None = None
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
         self._count = 0.0
+        self._fit: HeadMapFit | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,9 +44,18 @@ class AttentionOracle:
         fit = HeadMapFit(draft_rows, num_sinks)
         for index, layer in enumerate(cache.layers):
             fit.add_layer(attention_probabilities(queries[index], layer.keys, scaling)[0])
-        self.head_map = fit.solve(method)
+        self._fit, self.head_map = fit, fit.solve(method)
         self._sum[:, : draft_rows.shape[2]] = draft_rows.sum(dim=1)
         self._count = draft_rows.shape[1]
+
+    def share(self, method: str) -> "AttentionOracle":
+        """Another oracle on the same block of rows and the same fit, with its own map and interval."""
+        assert self._fit is not None, "fit before sharing"
+        other = AttentionOracle(self.block, self.num_kv_heads)
+        other._fit, other.head_map = self._fit, self._fit.solve(method)
+        other._sum.copy_(self._sum)
+        other._count = self._count
+        return other
 
     def commit(self, num_rows: int) -> None:
         """Add the block's first `num_rows` rows, whose queries were accepted; one by one, so order never matters."""

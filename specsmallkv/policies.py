@@ -59,6 +59,7 @@ class Policy(ABC):
     residency: str = "drop"
 
     uses_draft = False  # needs the draft's attention rows
+    reads_target = False  # looks at the target's true attention for the coming block (analysis only)
     every_round = False  # plans before each verify pass (else at multiples of evict_block)
     matching = "mixture"
     marginal_share = 0.0
@@ -71,6 +72,11 @@ class Policy(ABC):
             if getattr(self, key) < least:
                 raise UserError(f"policy.{key}={getattr(self, key)} is too small; give at least {least}.")
         self._one_of("residency", RESIDENCIES)
+        if self.every_round and self.residency != "offload":
+            raise UserError(
+                f"policy.residency={self.residency} leaves nothing to recall for {self.name}; use "
+                "policy.residency=offload, or policy=smallkv to drop for good."
+            )
 
     def _one_of(self, key: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, key) not in allowed:
@@ -123,17 +129,11 @@ class Policy(ABC):
 
 @dataclass(kw_only=True)
 class FullCache(Policy):
-    """Keeps everything: the yardstick."""
-
-    kv_budget: float = 1.0
+    """Keeps everything: the yardstick. Any budget counts as 1, so that a sweep over budgets may include it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kv_budget != 1:
-            raise UserError(
-                f"policy.kv_budget={self.kv_budget} contradicts policy=full, which keeps everything; "
-                "choose another policy or leave the budget out."
-            )
+        self.kv_budget = 1.0
 
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         raise AssertionError("the full cache never plans")
@@ -210,6 +210,19 @@ class SmallKV(DraftPolicy):
             raise UserError(f"policy.marginal_share={self.marginal_share} is outside [0, 1); give e.g. 0.5.")
 
 
+@dataclass(kw_only=True)
+class Oracle(Policy):
+    """Chooses by the target's own attention of the coming verify block: an upper bound, at twice the work."""
+
+    residency: str = "offload"
+    reads_target = True
+    every_round = True
+
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        assert evidence.saliency is not None, "saliency is filled before planning"
+        return evidence.saliency[index].unsqueeze(0).gather(-1, candidates.positions)
+
+
 SELECTIONS = ("block",)
 
 
@@ -227,8 +240,3 @@ class Lookahead(DraftPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("selection", SELECTIONS)
-        if self.residency != "offload":
-            raise UserError(
-                f"policy.residency={self.residency} leaves nothing to recall for {self.name}; use "
-                "policy.residency=offload, or policy=smallkv to drop for good."
-            )

@@ -53,9 +53,7 @@ def _read_text(key: str, path: str) -> str:
     except IsADirectoryError:
         raise UserError(f"{key}={path} is a directory; give the path of a text file.") from None
     except OSError as error:
-        raise UserError(
-            f"{key}={path} cannot be read ({error.strerror}); give a readable text file."
-        ) from error
+        raise UserError(f"{key}={path} cannot be read ({error.strerror}); give a readable text file.") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}={path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."

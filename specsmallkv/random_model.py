@@ -1,7 +1,7 @@
-"""Tiny random models for tests and dry runs: `random:llama?layers=2&hidden=64&heads=4&kv_heads=2&vocab=320&seed=0`.
+"""Tiny random models for tests and dry runs: `random:llama?layers=2&hidden=64&heads=4&kv_heads=2&seed=0`.
 
-Seeded, so that a source string always means the same weights, and scaled so that attention and greedy text vary. They
-speak the byte tokenizer of `tokenizer.py`.
+Seeded, so that a source string always means the same weights, and scaled so that attention and greedy text vary.
+They speak the byte tokenizer of `tokenizer.py`.
 """
 
 import math
@@ -27,12 +27,14 @@ DEFAULTS = {
 LOGIT_SCALE = 1.6  # standard deviation of a layer's output for a normalised input
 
 
-def build(source: str) -> PreTrainedModel:
-    """float32, on the CPU."""
+def build(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     family, sizes = _parse(source)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(_config(family, sizes))
+        model = AutoModelForCausalLM.from_config(_config(family, sizes), dtype=torch.float32)
     _fill(model, sizes["seed"])
+    for weight in model.parameters():  # model.to(dtype) would round the rotary frequencies too
+        weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
     return model
 
 
@@ -40,8 +42,7 @@ def _parse(source: str) -> tuple[str, dict[str, int]]:
     family, _, query = source.removeprefix("random:").partition("?")
     try:
         given = {
-            key: int(value)
-            for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+            key: int(value) for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
         }
     except ValueError as error:
         raise _refusal(source, str(error)) from None
@@ -90,11 +91,9 @@ def _config(family: str, sizes: dict[str, int]) -> PreTrainedConfig:
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, seed: int) -> None:
-    """Our own filling: transformers' would tie the weights to its release. Norms and biases keep their ones and zeros."""
+    """Not by transformers, whose weights for one seed may change with its release. Norms and biases stay as built."""
     generator = torch.Generator().manual_seed(seed)
     for _, weight in sorted(model.named_parameters()):
         if weight.dim() > 1:
             weight.normal_(0.0, LOGIT_SCALE / math.sqrt(model.config.hidden_size), generator=generator)
-    model.get_output_embeddings().weight[BYTE_VOCAB_SIZE:] = (
-        0.0  # ids without a token are never the likeliest
-    )
+    model.get_output_embeddings().weight[BYTE_VOCAB_SIZE:] = 0.0  # ids without a token are never the likeliest

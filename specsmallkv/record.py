@@ -29,9 +29,7 @@ def write_record(record: Mapping[str, Any], directory: str | Path) -> None:
     try:
         _replace(Path(directory) / "record.json", line + "\n")
     except OSError as error:
-        raise UserError(
-            f"the record cannot be written to {directory} ({error.strerror}); set run_dir=DIR."
-        ) from error
+        raise UserError(f"the record cannot be written to {directory} ({error.strerror}); set run_dir=DIR.") from error
     finally:
         print(line, flush=True)  # the run's outcome is worth showing even where it cannot be kept
 

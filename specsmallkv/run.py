@@ -18,7 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from .cli import reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
+from .errors import UserError
 from .explain import refuse_unknown_keys
+from .policies import Policy
+from .presets import build
 from .record import SCHEMA_VERSION, environment, write_record
 
 
@@ -33,8 +36,9 @@ def run(composed: DictConfig) -> None:
 def execute(composed: DictConfig) -> dict[str, Any]:
     """One run: the task's record, completed with what every record holds, printed and written."""
     config, plain = to_objects(composed)
-    task = hydra.utils.instantiate(config.task, _convert_="all")
-    config.policy = hydra.utils.instantiate(config.policy, _convert_="all")
+    task, config.policy = build(config.task, "task"), build(config.policy, "policy")
+    if not isinstance(config.policy, Policy):
+        raise UserError(f"policy._target_={plain['policy']['_target_']} makes no Policy; name a subclass of it.")
     outcome = task.run(config)
     record = {"schema_version": SCHEMA_VERSION, "task": plain["task"]["name"], **outcome}
     record |= {"seed": config.seed, **environment(record.get("device", "cpu")), "config": plain}
@@ -62,6 +66,8 @@ def _point() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # `python -m` does it too: a policy of the user's own lies there
         sys.path.append(os.getcwd())
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows a question mark
     return run_command_line(run, sys.argv[1:] if argv is None else argv)
 
 

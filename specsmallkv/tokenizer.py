@@ -1,7 +1,7 @@
 """Byte-level tokenizers: read from a directory, built from a GGUF's own tables, or made of plain bytes.
 
-GGUF files carry vocabulary, merges, token types and the name of a pre-tokenizer; transformers' own reading of them differs
-between releases, so the tokenizer is assembled here. Nothing in this file knows weights.
+GGUF files carry vocabulary, merges, token types and the name of a pre-tokenizer; transformers' own reading of them
+differs between releases, so the tokenizer is assembled here. Nothing in this file knows weights.
 """
 
 import re
@@ -24,24 +24,20 @@ QWEN2_PIECES = (
 BYTE_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 BYTE_VOCAB_SIZE = 256 + len(BYTE_SPECIALS)
 BYTE_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PROBE = "In 2024, naïve tests cost 1,299€:\n\n\tx = f(y)[0]; // isn't it?  日本語 🙂\r\n"
 
 
 def load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer.json as it stands: model-specific tokenizer classes rebuild it, and not the same in every release."""
+    """The tokenizer.json as it stands: model-specific classes rebuild it, and not alike in every release."""
     if not (directory / "tokenizer.json").is_file():
-        raise UserError(
-            f"{source} has no tokenizer.json; download the checkpoint again with all its tokenizer files."
-        )
+        raise UserError(f"{source} has no tokenizer.json; download the checkpoint again with all its tokenizer files.")
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # the tokenizers library raises bare Exception for malformed files
-        raise UserError(
-            f"the tokenizer.json of {source} cannot be read ({error}); download it again."
-        ) from error
+        raise UserError(f"the tokenizer.json of {source} cannot be read ({error}); download it again.") from error
 
 
 def gguf_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -56,17 +52,11 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     )
     backend.add_tokens(
-        [
-            AddedToken(t, normalized=False)
-            for t, kind in zip(tokens, types, strict=True)
-            if kind == USER_DEFINED
-        ]
+        [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     )
     eos = tokens[fields["tokenizer.ggml.eos_token_id"]]
     padding = fields.get("tokenizer.ggml.padding_token_id")
-    return _wrap(
-        backend, eos, eos if padding is None else tokens[padding], fields.get("tokenizer.chat_template")
-    )
+    return _wrap(backend, eos, eos if padding is None else tokens[padding], fields.get("tokenizer.chat_template"))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -80,7 +70,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def live_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Token -> id without the `[PAD151936]` fillers that some converters write for the matrix's spare rows."""
+    """Token -> id without the `[PAD151936]` fillers that some converters write for a matrix's spare rows."""
     return {token: i for token, i in tokenizer.get_vocab().items() if not re.fullmatch(r"\[PAD\d+\]", token)}
 
 
@@ -92,9 +82,7 @@ def check_tokenizers_agree(
     difference = ""
     if ours != theirs:
         token, _ = min(ours.items() ^ theirs.items(), key=lambda item: item[1])
-        difference = (
-            f"token {token!r} has id {ours.get(token)} in the one and {theirs.get(token)} in the other"
-        )
+        difference = f"token {token!r} has id {ours.get(token)} in the one and {theirs.get(token)} in the other"
     elif _probe_ids(target) != _probe_ids(draft):
         difference = f"they split {PROBE!r} differently"
     if difference:
@@ -134,7 +122,7 @@ def _wrap(backend: Tokenizer, eos: str, pad: str, chat_template: str | None) -> 
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's character for each byte: printable Latin-1 stands for itself, the rest follows from U+0100 on."""
+    """GPT-2's character for each byte: printable Latin-1 stands for itself, the rest follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

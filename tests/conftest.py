@@ -21,7 +21,12 @@ VOCAB = 96
 
 
 def tiny_model(
-    architecture: str = "llama", layers: int = 3, heads: int = 4, kv_heads: int = 2, seed: int = 0, vocab: int = VOCAB
+    architecture: str = "llama",
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
+    vocab: int = VOCAB,
 ) -> PreTrainedModel:
     config_class, model_class = ARCHITECTURES[architecture]
     torch.manual_seed(seed)

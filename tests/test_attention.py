@@ -119,7 +119,10 @@ def test_compensation_by_the_true_attention_with_nothing_evicted_is_full_attenti
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_over_the_tiered_cache_equal_transformers_own(architecture):
-    model, ids = tiny_model(architecture), torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        tiny_model(architecture),
+        torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(0)),
+    )
     with torch.inference_mode():
         expected = model(ids).logits
         use_tiered_attention(model)

@@ -103,9 +103,7 @@ class Echo:
         if self.fail == "ctrl-c":
             raise KeyboardInterrupt
         print(f"the text of {config.policy.name}")
-        return {"text": config.prompt, "loss": float("nan")} | (
-            {"interrupted": True} if self.interrupted else {}
-        )
+        return {"text": config.prompt, "loss": float("nan")} | ({"interrupted": True} if self.interrupted else {})
 
 
 @pytest.fixture
@@ -178,9 +176,7 @@ def test_a_stop_list_is_a_list_only_where_it_parses_as_one(value, expected):
 @pytest.mark.parametrize(
     "key", ["prompt_file", "messages_file", "prompts_file", "run_dir", "model.target", "model.draft"]
 )
-@pytest.mark.parametrize(
-    "path", ["/a b/c=d, e(1)/[x].txt", "it's", "random:llama?layers=2&hidden=64", "${X}/y"]
-)
+@pytest.mark.parametrize("path", ["/a b/c=d, e(1)/[x].txt", "it's", "random:llama?layers=2&hidden=64", "${X}/y"])
 def test_paths_arrive_verbatim(key, path):
     config = composed(f"{key}={path}")
     assert getattr(config.model if "." in key else config, key.rpartition(".")[2]) == path
@@ -317,10 +313,10 @@ def test_the_last_line_of_stdout_is_the_record_in_the_run_directory(run, tmp_pat
 
 
 def test_runs_go_to_directories_named_after_model_and_policy(run, tmp_path):
-    run("+model=tiny-random")
-    run("+model=tiny-random")
+    for _ in range(5):  # some of them in the same second
+        run("+model=tiny-random")
     names = [path.parent.name for path in tmp_path.glob("outputs/*/record.json")]
-    assert len(names) == 2
+    assert len(names) == 5
     assert all(name.startswith("tiny-random-full-") for name in names)
 
 
@@ -387,9 +383,7 @@ def source_environment() -> dict[str, str]:
 
 def test_help_and_cfg_work_from_any_directory(tmp_path):
     for flag, expected in (["--help"], "kv_budget"), (["--cfg", "job"], "kv_budget"):
-        result = subprocess.run(
-            command(*flag), cwd=tmp_path, env=source_environment(), capture_output=True, text=True
-        )
+        result = subprocess.run(command(*flag), cwd=tmp_path, env=source_environment(), capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, "")
         assert expected in result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -399,15 +393,21 @@ def test_a_policy_beside_the_shell_is_found_and_ctrl_c_ends_a_run(tmp_path):
     """In one process, to be quick: both strategies lie in the working directory, and the task waits."""
     (tmp_path / "waiting.py").write_text(
         "import time\n"
-        "class Policy:\n"
+        "import specsmallkv.policies\n"
+        "class Policy(specsmallkv.policies.Policy):\n"
         "    def __init__(self, **parameters): pass\n"
-        "class Task(Policy):\n"
+        "    def score(self, *what): pass\n"
+        "class Task:\n"
+        "    def __init__(self, **parameters): pass\n"
         "    def run(self, config):\n"
         "        print('started', flush=True)\n"
         "        time.sleep(60)\n"
     )
+    script = tmp_path / "bin" / "console_script.py"  # unlike `python -m`, it does not put the directory on the path
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom specsmallkv.run import main\nsys.exit(main())\n")
     process = subprocess.Popen(
-        command("task._target_=waiting.Task", "policy._target_=waiting.Policy"),
+        [sys.executable, str(script), "task._target_=waiting.Task", "policy._target_=waiting.Policy"],
         cwd=tmp_path,
         env=source_environment(),
         stdout=subprocess.PIPE,

@@ -48,9 +48,7 @@ def test_every_model_file_is_complete(name):
     assert set(OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")) == {f.name for f in fields(ModelConfig)}
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), [(g, n) for g in ("policy", "speculation", "task") for n in options(g)]
-)
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in ("policy", "speculation", "task") for n in options(g)])
 def test_every_option_composes_and_is_named_after_its_file(group, name):
     node = getattr(config_of(f"{group}={name}"), group)
     assert (node["name"] if isinstance(node, dict) else node.name) == name
@@ -76,9 +74,7 @@ def test_every_experiment_composes_and_sweeps_over_known_keys(name):
 @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_key_has_a_comment_above_it(file):
     lines = file.read_text().splitlines()
-    keys = [
-        i for i, line in enumerate(lines) if line and not line.startswith((" ", "#", "defaults:", "hydra:"))
-    ]
+    keys = [i for i, line in enumerate(lines) if line and not line.startswith((" ", "#", "defaults:", "hydra:"))]
     assert [lines[i] for i in keys if not lines[i - 1].lstrip().startswith("#")] == []
 
 

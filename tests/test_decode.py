@@ -1,4 +1,4 @@
-"""The loop's invariants (DESIGN §3) on tiny random models in float32."""
+"""The loop's invariants (docs/architecture.md) on tiny random models in float32."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, 
 def step(decoder, sequence, forced):
     """One round by hand: every draft rejected, `forced` emitted; the verify pass's logits."""
     drafts, _ = decoder.draft(sequence, torch.Generator())
-    decoder.plan(sequence)
+    decoder.plan(sequence, drafts)
     logits = decoder.verify(sequence, drafts)
     sequence.tokens.append(forced)
     decoder.rollback(sequence, len(drafts))
@@ -97,7 +97,11 @@ def test_sampling_with_speculation_keeps_the_distribution(name, budget, prompt):
     settings = {"window_size": 4, "evict_block": 4, "matching": "one_hot"} if budget < 1 else {}
     policy = load_policy(name, kv_budget=budget, **settings)
     exact = exact_pairs(Decoder(target, draft, policy, 0), prompt, 6, sampler.probabilities)
-    decoder, counts, generator = Decoder(target, draft, policy, 3, sampler), torch.zeros(6, 6), torch.Generator()
+    decoder, counts, generator = (
+        Decoder(target, draft, policy, 3, sampler),
+        torch.zeros(6, 6),
+        torch.Generator(),
+    )
     generator.manual_seed(0)
     with torch.inference_mode():
         for _ in range(runs):
@@ -180,7 +184,7 @@ def test_marginal_compensation_is_in_use(target, draft, prompt):
 
 
 def test_a_draft_equal_to_its_target_is_always_accepted_and_sees_everything(target, prompt):
-    tokens, sequence = decode(target, target, load_policy("full"), 4, prompt)
+    _, sequence = decode(target, target, load_policy("full"), 4, prompt)
     assert sequence.counters.accepted == sequence.counters.drafted > 0
     assert sequence.counters.rounds == -(-(NEW - 1) // 5)
 

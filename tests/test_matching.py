@@ -52,7 +52,10 @@ def test_predictions_are_distributions(method):
 
 def test_sinks_do_not_decide_the_match():
     draft, target = random_rows(M), random_rows(M)[:1]
-    draft[3, :, 0], target[0, :, 0] = 50.0, 50.0  # head 3 shares only the sink with the target's head, a copy of head 0
+    draft[3, :, 0], target[0, :, 0] = (
+        50.0,
+        50.0,
+    )  # head 3 shares only the sink with the target's head, a copy of head 0
     assert fit(draft, [target], "one_hot").weights[0, 0].argmax() == 0
 
 

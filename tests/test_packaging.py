@@ -58,9 +58,7 @@ def test_the_package_carries_its_data_and_finds_its_configuration():
     package = resources.files("specsmallkv")
     assert all(package.joinpath(name).is_file() for name in ("py.typed", "data/default_prompt.txt"))
     assert (CONFIG_DIR / "config.yaml").is_file()
-    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {
-        "conf": "specsmallkv/conf"
-    }
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"conf": "specsmallkv/conf"}
 
 
 def test_a_draft_of_the_package_named_by_a_model_is_there_and_small():

@@ -1,11 +1,14 @@
-"""Every policy keeps its budget, the sinks and the window, and what scores highest. A new policy is a row in POLICIES."""
+"""Every policy keeps its budget, the sinks and the window, and what scores highest.
+
+A new policy is a row in POLICIES.
+"""
 
 import pytest
 import torch
 
 from specsmallkv.cache import TieredLayer
 from specsmallkv.errors import UserError
-from specsmallkv.policies import Evidence, FullCache, Lookahead, Policy, SmallKV, SnapKV, StreamingLLM
+from specsmallkv.policies import Evidence, FullCache, Lookahead, Oracle, Policy, SmallKV, SnapKV, StreamingLLM
 from specsmallkv.presets import load_policy, names
 
 POLICIES = {
@@ -15,6 +18,7 @@ POLICIES = {
     "smallkv_paper": SmallKV,
     "smallkv": SmallKV,
     "specsmallkv": Lookahead,
+    "oracle": Oracle,
 }
 COMPRESSING = sorted(set(POLICIES) - {"full"})
 H_Q, H_KV, DIM, N = 4, 2, 8, 400
@@ -69,7 +73,7 @@ def test_a_budget_that_covers_everything_plans_nothing(name):
     assert not load_policy(name, kv_budget=0.2).due(36) and load_policy(name, kv_budget=0.2).due(37)
 
 
-@pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv"])
+@pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv", "oracle"])
 def test_the_most_salient_tokens_are_critical_and_the_next_marginal(name):
     policy = load_policy(name, kv_budget=0.25)
     order = torch.stack([torch.randperm(2 * N, generator=torch.Generator().manual_seed(h)) for h in range(H_KV)])
@@ -132,7 +136,6 @@ def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
     [
         ("specsmallkv", "kv_budget", 0.0),
         ("specsmallkv", "kv_budget", 1.5),
-        ("full", "kv_budget", 0.5),
         ("snapkv", "kernel_size", 4),
         ("snapkv", "window_size", 0),
         ("smallkv", "matching", "best"),
@@ -141,6 +144,10 @@ def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
         ("smallkv", "evict_block", 0),
         ("smallkv", "residency", "disk"),
         ("specsmallkv", "residency", "drop"),
+        ("oracle", "residency", "drop"),
+        ("snapkv", "kv_budget", "abc"),
+        ("snapkv", "window_size", 2.5),
+        ("snapkv", "kv_budget", True),
         ("specsmallkv", "selection", "token"),
         ("streaming_llm", "num_sink_tokens", -1),
     ],
@@ -148,6 +155,10 @@ def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
 def test_impossible_settings_are_refused_with_their_value(name, field, value):
     with pytest.raises(UserError, match=f"policy.{field}={value}"):
         load_policy(name, **{field: value})
+
+
+def test_full_takes_any_budget_of_a_sweep_and_keeps_everything():
+    assert load_policy("full", kv_budget=0.1).kv_budget == 1.0
 
 
 def test_unknown_presets_and_fields_are_refused():

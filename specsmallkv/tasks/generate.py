@@ -11,7 +11,15 @@ from ..models import load_pair
 from ..prompts import Request, read_requests
 from ..sampling import Sampler
 
-SUMMED = ("new_tokens", "prompt_tokens", "seconds", "rounds", "drafted_tokens", "accepted_tokens", "recall_bytes")
+SUMMED = (
+    "new_tokens",
+    "prompt_tokens",
+    "seconds",
+    "rounds",
+    "drafted_tokens",
+    "accepted_tokens",
+    "recall_bytes",
+)
 LARGEST = (
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
@@ -59,8 +67,7 @@ class GenerateTask:
         with display.waiting("loading the models"):
             spec = load_generator(config)
         settings = setting_figures(config, spec)
-        finished, interrupted = self._answer(spec, requests, config, display)
-        outputs = [generation.figures() for generation in finished]
+        outputs, interrupted = self._answer(spec, requests, config, display)
         record = settings | combine(outputs) | {"interrupted": interrupted}
         if config.prompts_file is not None:
             record["outputs"] = outputs
@@ -69,14 +76,17 @@ class GenerateTask:
 
     def _answer(
         self, spec: SpecSmallKV, requests: list[Request], config: RunConfig, display: Display
-    ) -> tuple[list[Generation], bool]:
-        streams = [open_stream(spec, request, config) for request in requests]
-        for count, generation in enumerate(streams, start=1):
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Figures per request; all are checked before the first is answered, and their caches freed one by one."""
+        outputs: list[dict[str, Any]] = []
+        for generation in [open_stream(spec, request, config) for request in requests]:
             try:
                 self._show(generation, display)
             except KeyboardInterrupt:
-                return streams[:count], True
-        return streams, False
+                return [*outputs, generation.figures()], True
+            outputs.append(generation.figures())
+            generation.sequence = None
+        return outputs, False
 
     def _show(self, generation: Generation, display: Display) -> None:
         """Text to stdout as it comes, a line break behind it whatever happens."""
@@ -108,7 +118,7 @@ def combine(outputs: list[dict[str, Any]]) -> dict[str, Any]:
     """One run's figures from its outputs': counts are summed, bytes are those of the fullest output."""
     if len(outputs) == 1:
         return outputs[0]
-    fullest = max(outputs, key=lambda figures: figures.get("target_kv_bytes", 0))
+    fullest = max(outputs, key=lambda figures: figures["target_kv_bytes"] or 0)
     total = dict(fullest) | {key: sum(figures.get(key) or 0 for figures in outputs) for key in SUMMED}
     total |= {key: max(figures.get(key) or 0 for figures in outputs) for key in LARGEST}
     emitted = total["new_tokens"] - len(outputs)  # the first token of each comes from its prefill

@@ -1,0 +1,65 @@
+"""How far a compressed cache is from the full one: distributions, attention mass, overlap of sets."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .attention import attention_probabilities
+from .cache import TieredLayer
+
+
+def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) in nats per row; both are log-probabilities (n, V), -inf where a token is impossible."""
+    terms = full.exp() * (full - other)
+    return torch.where(full > -torch.inf, terms, 0.0).sum(-1)
+
+
+def attention_recall(layer: TieredLayer, queries: Tensor, full_keys: Tensor, scaling: float) -> float:
+    """Share of the full cache's attention mass that falls on what the layer reads as critical.
+
+    queries (1, H_q, q, D) and full_keys (1, H_kv, n, D) of the full run; the layer holds the same n tokens.
+    """
+    rows = attention_probabilities(queries, full_keys, scaling)
+    grouped = rows.unflatten(1, (full_keys.shape[1], -1))  # (1, H_kv, group, q, n)
+    index = layer.kept_positions[:, :, None, None].expand(*grouped.shape[:4], -1)
+    mass = grouped.gather(-1, index).sum(-1) + grouped[..., layer.tail_start :].sum(-1)
+    return float(mass.mean())
+
+
+def jaccard_of_top(layer: TieredLayer, queries: Tensor, full_keys: Tensor, scaling: float) -> float:
+    """Jaccard similarity of the kept set and the truly most attended tokens before the tail (paper: Fig. 1b)."""
+    rows = attention_probabilities(queries, full_keys, scaling).unflatten(1, (full_keys.shape[1], -1))
+    true = rows.mean(dim=(2, 3))[..., : layer.tail_start].topk(layer.num_kept, dim=-1).indices
+    kept = torch.zeros(*true.shape[:2], layer.tail_start, dtype=torch.bool, device=true.device)
+    both = kept.scatter(2, layer.kept_positions, True).gather(2, true).sum(-1)
+    return float((both / (2 * layer.num_kept - both).clamp_min(1)).mean())
+
+
+@dataclass
+class Scores:
+    """Per scored position: KL, agreement of the argmax, negative log-likelihood of the text under both caches."""
+
+    kl: list[float] = field(default_factory=list)
+    agrees: list[bool] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    nll_full: list[float] = field(default_factory=list)
+
+    def add(self, logits: Tensor, full_logits: Tensor, following: list[int]) -> None:
+        """logits, full_logits (n, V); following: the n tokens of the text that come next."""
+        ours, full = logits.float().log_softmax(-1), full_logits.float().log_softmax(-1)
+        index = torch.tensor(following, device=logits.device).unsqueeze(1)
+        self.kl += kl_divergence(full, ours).tolist()
+        self.agrees += (ours.argmax(-1) == full.argmax(-1)).tolist()
+        self.nll += (-ours.gather(1, index)).squeeze(1).tolist()
+        self.nll_full += (-full.gather(1, index)).squeeze(1).tolist()
+
+
+def bootstrap_interval(ours: list[float], others: list[float], runs: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of mean(ours) / mean(others), positions resampled in pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.tensor([ours, others])
+    index = torch.randint(pairs.shape[1], (runs, pairs.shape[1]), generator=generator)
+    means = pairs[:, index].mean(-1).clamp_min(1e-12)
+    low, high = (means[0] / means[1]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
