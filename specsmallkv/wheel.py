@@ -36,7 +36,7 @@ SOURCE_PATTERN = re.compile(
 LAYOUT = 1  # raise it when `convert` writes something else, so that old directories are not taken for new ones
 STALE_SECONDS = 24 * 3600  # a partial directory this old belongs to a process that was killed
 LOCAL_REMEDY = "or use a local directory: model.target=DIR"
-AGAIN_REMEDY = f"run again (after `python -m pip cache purge` if it persists), {LOCAL_REMEDY}"
+AGAIN_REMEDY = f"run again, {LOCAL_REMEDY}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def download_wheel(requirement: str, directory: Path, on_bytes: Callable[[int], 
             f"{requirement} cannot be fetched because {sys.executable} has no pip; install it "
             f"(`python -m ensurepip` or `uv pip install pip`), {LOCAL_REMEDY}."
         )
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
+    # Without --no-cache-dir pip keeps a second copy, and takes a disk that its copy fills for a broken connection.
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check", "-q"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), requirement]
     # pip unpacks in TMPDIR first: in our directory its bytes can be counted and are removed with it.
     process = subprocess.Popen(
@@ -122,8 +123,9 @@ def _wait(process: subprocess.Popen[str], on_tick: Callable[[], None]) -> str:
 def _download_error(requirement: str, log: str) -> Exception:
     if "No space left on device" in log or "Disk quota exceeded" in log:
         return OSError(errno.ENOSPC, "No space left on device")
-    errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
-    reason = (errors or log.splitlines() or ["no message"])[-1].strip().rstrip(".")
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("ERROR: ", "× ")) and line != "ERROR: Exception:"]
+    reason = (told or lines or ["no message"])[-1].removeprefix("ERROR: ").removeprefix("× ").rstrip(".")
     return UserError(
         f"pip could not download {requirement} ({reason}); check the network and pip's index settings, {LOCAL_REMEDY}."
     )

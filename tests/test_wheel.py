@@ -488,12 +488,21 @@ def test_unknown_package_is_one_sentence_with_pips_reason(source, cache, local_i
     assert list(cache.iterdir()) == []
 
 
-def test_full_disk_inside_pip_is_told_as_such(cache, source, monkeypatch):
-    log = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
+@pytest.mark.parametrize(
+    ("log", "fragment"),
+    [
+        ("ERROR: Exception:\nTraceback\n  f()\nOSError: [Errno 28] No space left on device\n", "the disk is full"),
+        ("ERROR: Exception:\nTraceback\n  f()\nKeyError: 'x'\n", "(KeyError: 'x')"),
+        ("error: incomplete-download\n\n× Download failed.\n╰─> URL: u\n\nhint: Use more.\n", "(Download failed)"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES.\n", "(THESE PACKAGES DO NOT MATCH THE HASHES)"),
+        ("", "(no message)"),
+    ],
+)
+def test_failure_inside_pip_is_one_sentence(log, fragment, cache, source, monkeypatch):
     script = f"import sys; sys.stderr.write({log!r}); sys.exit(1)"
     popen = wheel.subprocess.Popen
     monkeypatch.setattr(wheel.subprocess, "Popen", lambda _, **kwargs: popen([sys.executable, "-c", script], **kwargs))
-    assert "the disk is full" in refusal(source)
+    assert fragment in refusal(source)
     assert list(cache.iterdir()) == []
 
 

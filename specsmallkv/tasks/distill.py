@@ -14,7 +14,7 @@ from ..display import Display
 from ..distill import Settings, Trainer, agreement, export, train
 from ..distill_text import TokenStream, sample_batch
 from ..errors import UserError
-from ..models import ModelPair, load_pair
+from ..models import ModelPair, fingerprint, load_pair
 
 EVAL_LENGTH, EVAL_SEQUENCES = 512, 20
 PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 192, 64
@@ -56,7 +56,7 @@ class DistillTask:
         checkpoint = output / "checkpoint.safetensors"
         if self.resume and checkpoint.exists():
             trainer.load(checkpoint)
-        facts = self._facts(config)
+        facts = self._facts(config, pair)
         train_with_progress(trainer, output, facts, Display(config.quiet))
         report: dict[str, Any] = {
             "steps": trainer.step,
@@ -92,10 +92,11 @@ class DistillTask:
             seed,
         )
 
-    def _facts(self, config: RunConfig) -> dict[str, object]:
+    def _facts(self, config: RunConfig, pair: ModelPair) -> dict[str, object]:
         return {
             "shares_embeddings": True,
             "target": config.model.target,
+            "target_fingerprint": fingerprint(pair.target),
             "target_layers": list(self.layers),
             "attention_loss_weight": self.attention_loss_weight,
             "seed": config.seed,
