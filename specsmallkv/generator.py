@@ -296,7 +296,7 @@ def refuse_unsupported(generation_config: Any, input_ids: torch.Tensor, logits_p
             )
     for processor in logits_processor or ():
         if type(processor).__name__ not in WARPERS:
-            raise UserError(f"{type(processor).__name__} is not supported by this generator; pass {key}={values[-1]}.")
+            raise UserError(f"{type(processor).__name__} is not supported by this generator; leave it out.")
     if input_ids.shape[0] != 1:
         raise UserError(f"custom_generate got a batch of {input_ids.shape[0]}; give one sequence at a time.")
 

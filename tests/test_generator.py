@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import MinLengthLogitsProcessor
 
 from specsmallkv import SpecSmallKV, UserError, load_policy
 
@@ -74,6 +75,9 @@ def test_custom_generate_refuses_what_it_would_ignore(full, unsupported):
     ids = torch.tensor([full.encode(PROMPT)])
     with pytest.raises(UserError, match=next(iter(unsupported))):
         full.pair.target.generate(ids, max_new_tokens=5, custom_generate=full.custom_generate, **unsupported)
+    with pytest.raises(UserError, match="MinLengthLogitsProcessor is not supported by this generator; leave it out"):
+        processors = [MinLengthLogitsProcessor(3, 0)]
+        full.pair.target.generate(ids, logits_processor=processors, custom_generate=full.custom_generate)
     with pytest.raises(UserError, match="batch of 2"):
         full.pair.target.generate(ids.repeat(2, 1), max_new_tokens=5, custom_generate=full.custom_generate)
 
