@@ -3,7 +3,7 @@
 The cache layer arrives as an opaque handle (`TieredLayer.update` returns it), so this file decides how its tiers
 are read: softmax attention over the device buffer (kept tokens, then a causal tail), plus the compensation for
 marginal tokens (paper: marginal information compensation). It also lends an eye to the oracle: `AttentionCall`
-asks a forward pass to record attention rows (draft) or to keep its last queries (target).
+asks a forward pass to record attention rows (draft), to keep its last queries or to sum its columns (target).
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from .errors import UserError
 
 NAME = "specsmallkv"
 FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis; beyond it the mask costs more
+MASS_BLOCK = 2**20  # probabilities that exist at once while columns are summed
 
 
 class AttentionRows:
@@ -62,15 +63,63 @@ class AttentionRows:
         rows[..., probabilities.shape[3] : self.length] = 0
 
 
+class AttentionMass:
+    """Attention that each token has received from all committed queries so far, per layer (H2O's accumulated scores).
+
+    sums: per layer, (1, H_kv, capacity) float32 by logical position, mean over the heads of a group. A query counts
+    once, also where it is read again. pending: per layer, the queries of a verify pass, counted when committed.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.sums: dict[int, Tensor] = {}
+        self.pending: dict[int, Tensor] = {}
+        self._counted: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.sums.values())
+
+    def clone(self) -> "AttentionMass":
+        other = AttentionMass(self.capacity)
+        other.sums = {index: x.clone() for index, x in self.sums.items()}
+        other._counted = dict(self._counted)
+        return other
+
+    def add(self, index: int, layer: TieredLayer, query: Tensor, scaling: float, rows: int | None = None) -> None:
+        """Count those of the last queries (1, H_q, q, D) of a layer that are new, `rows` at a time."""
+        length, slots = query.shape[2], layer.num_slots
+        new = min(length, layer.seen - self._counted.get(index, 0))
+        step = rows or max(1, MASS_BLOCK // (query.shape[1] * slots))
+        if index not in self.sums:
+            shape = (1, layer.keys.shape[1], self.capacity)
+            self.sums[index] = torch.zeros(shape, device=query.device)
+        for first in range(length - new, length, step):
+            block = query[:, :, first : first + step]
+            end = slots - length + first + block.shape[2]
+            probabilities = attention_probabilities(block, layer.keys[:, :, :end], scaling)
+            columns = probabilities.sum(2).unflatten(1, (layer.keys.shape[1], -1)).mean(2)
+            self.sums[index].scatter_add_(2, layer.positions[:, :, :end], columns)
+        self._counted[index] = layer.seen
+
+    def commit(self, layers: list[TieredLayer], scaling: float) -> None:
+        """Count the pending queries that were not rolled back; one by one, so that blocks never matter."""
+        for index, queries in self.pending.items():
+            accepted = layers[index].seen - self._counted[index]
+            self.add(index, layers[index], queries[:, :, :accepted], scaling, rows=1)
+        self.pending = {}
+
+
 @dataclass
 class AttentionCall:
-    """What one forward pass wants of attention: the backend, and optionally its rows or its last queries.
+    """What one forward pass wants of attention: the backend, and optionally its rows, last queries or column sums.
 
     queries: filled per layer with the last `num_queries` queries, (B, H_q, W, D), after RoPE.
     """
 
     backend: str = "sdpa"
     rows: AttentionRows | None = None
+    mass: AttentionMass | None = None
     num_queries: int = 0
     everything: bool = False  # read every key, the host store's too (analysis only)
     queries: dict[int, Tensor] = field(default_factory=dict)
@@ -150,6 +199,8 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     if call.num_queries:
         earlier = call.queries.get(index, query[:, :, :0])
         call.queries[index] = torch.cat((earlier, query), dim=2)[:, :, -call.num_queries :]
+    if call.mass:
+        call.mass.add(index, layer, query, scaling)
     keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
     if call.rows and count:

@@ -283,8 +283,12 @@ class TieredCache(Cache):
 
     layers: list[TieredLayer]
 
-    def __init__(self, num_layers: int, capacity: int, **layer_options: Any):
-        super().__init__(layers=[TieredLayer(capacity, **layer_options) for _ in range(num_layers)])
+    def __init__(
+        self, num_layers: int, capacity: int, resident_capacity: list[int] | None = None, **layer_options: Any
+    ):
+        """resident_capacity: one per layer; the other options are alike for all."""
+        slots = resident_capacity or [capacity] * num_layers
+        super().__init__(layers=[TieredLayer(capacity, slots[i], **layer_options) for i in range(num_layers)])
 
     @property
     def seen(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import AttentionCall, AttentionRows, use_tiered_attention
+from .attention import AttentionCall, AttentionMass, AttentionRows, use_tiered_attention
 from .cache import TieredCache
 from .matching import marginal_weights
 from .oracle import AttentionOracle
@@ -142,25 +142,23 @@ class Decoder:
 
     def start(self, prompt: list[int], max_new_tokens: int) -> Sequence:
         """Caches and scratch for one sequence."""
-        limit = len(prompt) + max_new_tokens
+        limit, num_layers = len(prompt) + max_new_tokens, self.target.config.num_hidden_layers
         room = min(self.num_draft_tokens, max_new_tokens) + 1
-        sizes = self.policy.tiers(limit)
-        resident = sizes.critical + self.policy.evict_block + room if self.policy.evicts else None
+        critical = [self.policy.tiers(limit, index, num_layers).critical for index in range(num_layers)]
+        resident = [min(count + self.policy.evict_block, limit) + room for count in critical]
         target = TieredCache(
-            self.target.config.num_hidden_layers,
-            limit + room,
-            resident_capacity=resident,
-            residency=self.policy.residency,
+            num_layers, limit + room, resident if self.policy.evicts else None, residency=self.policy.residency
         )
         draft = TieredCache(self.draft_model.config.num_hidden_layers, limit + room) if self.draft_model else None
-        evidence = Evidence(scaling=attention_scaling(self.target), oracle=self._oracle(room, limit + room))
+        evidence = Evidence(attention_scaling(self.target), num_layers, oracle=self._oracle(room, limit + room))
+        evidence.mass = AttentionMass(limit + room) if self.policy.reads_mass else None
         return Sequence(list(prompt), limit, target, draft, evidence)
 
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
         prompt = sequence.tokens
         window = min(self.policy.window_size, len(prompt)) if self.policy.due(len(prompt)) else 0
-        logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window])
+        logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window], sequence.evidence.mass)
         return self.observe_target(sequence, prompt[-window:]) if window else logits
 
     def prefill_draft(self, sequence: Sequence) -> None:
@@ -222,17 +220,22 @@ class Decoder:
 
     def verify(self, sequence: Sequence, drafts: list[int]) -> Tensor:
         """One target pass over the last token and the drafts: logits (k + 1, V)."""
-        tokens = [sequence.tokens[-1], *drafts]
-        logits = self.forward(self.target, sequence.target, tokens, AttentionCall(self.attention), len(tokens))
+        tokens, mass = [sequence.tokens[-1], *drafts], sequence.evidence.mass
+        call = AttentionCall(self.attention, num_queries=len(tokens) if mass else 0)
+        logits = self.forward(self.target, sequence.target, tokens, call, len(tokens))
+        if mass:
+            mass.pending = call.queries
         sequence.counters.see(sequence.target)
         return logits
 
     def rollback(self, sequence: Sequence, rejected: int) -> None:
-        """Drop rejected tokens from both caches; only accepted rows enter the oracle's interval."""
-        oracle = sequence.evidence.oracle
+        """Drop rejected tokens from both caches; only accepted rows enter the oracle's interval and the mass."""
+        oracle, mass = sequence.evidence.oracle, sequence.evidence.mass
         if oracle is not None:
             oracle.commit(oracle.block.num_rows - rejected)
         sequence.target.rollback(rejected)
+        if mass:
+            mass.commit(sequence.target.layers, sequence.evidence.scaling)
         if sequence.draft is not None:
             sequence.draft.rollback(max(0, sequence.draft.seen - sequence.target.seen))
 
@@ -254,7 +257,7 @@ class Decoder:
 
     def observe_target(self, sequence: Sequence, window: list[int]) -> Tensor:
         """Feed the window to the target and keep its queries; logits (V,) of the last position."""
-        call = AttentionCall(self.attention, num_queries=len(window))
+        call = AttentionCall(self.attention, num_queries=len(window), mass=sequence.evidence.mass)
         logits = self.forward(self.target, sequence.target, window, call)
         sequence.evidence.queries = call.queries
         return logits[-1]
@@ -321,12 +324,14 @@ class Decoder:
         rows = self._rows(num_rows, capacity)
         return AttentionOracle(rows, self.target.config.num_key_value_heads)
 
-    def _feed(self, model: PreTrainedModel, cache: TieredCache, tokens: list[int]) -> Tensor:
+    def _feed(
+        self, model: PreTrainedModel, cache: TieredCache, tokens: list[int], mass: AttentionMass | None = None
+    ) -> Tensor:
         """Process tokens in chunks; logits (V,) of the last one (empty if there are none)."""
         logits = torch.empty(0)
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            logits = self.forward(model, cache, chunk, AttentionCall(self.attention))[-1]
+            logits = self.forward(model, cache, chunk, AttentionCall(self.attention, mass=mass))[-1]
         return logits
 
     def forward(

@@ -122,7 +122,8 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
     """
     if sequence is None:
         return dict.fromkeys(MEMORY_FIGURES)
-    counters, target, oracle = sequence.counters, sequence.target, sequence.evidence.oracle
+    counters, target = sequence.counters, sequence.target
+    oracle, mass = sequence.evidence.oracle, sequence.evidence.mass
     used, full = counters.max_target_bytes or target.nbytes, counters.full_bytes_then or target.full_nbytes
     return {
         "rounds": counters.rounds,
@@ -136,7 +137,7 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
         "target_kv_allocated_bytes": target.allocated_nbytes,
         "target_kv_host_bytes": target.host_nbytes,
         "draft_kv_bytes": sequence.draft.nbytes if sequence.draft else 0,
-        "scratch_bytes": oracle.nbytes if oracle else 0,
+        "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0),
         "recall_bytes": target.recall_bytes,
         "new_per_round": sum(counters.new_entries) / len(counters.new_entries) if counters.new_entries else None,
         "kept_per_layer": target.kept_per_layer(),

@@ -6,13 +6,13 @@ To add one: a class with `score`, a YAML in conf/policy, a row in tests/test_pol
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention_probabilities
+from .attention import AttentionMass, attention_probabilities
 from .cache import RESIDENCIES, Candidates, TieredLayer
 from .errors import UserError
 from .matching import METHODS
@@ -25,13 +25,21 @@ class Evidence:
 
     queries: the target's observation window per layer, (1, H_q, W, D). frozen: per layer, a policy's own memory.
     saliency: (L, H_kv, N) from the draft, for policies that ask for it. scaling: of the target's attention scores.
+    mass: the target's accumulated attention, for policies that ask for it. num_layers: of the target.
     """
 
     scaling: float
+    num_layers: int = 1
     queries: dict[int, Tensor] = field(default_factory=dict)
     frozen: dict[int, Tensor] = field(default_factory=dict)
     saliency: Tensor | None = None
     oracle: AttentionOracle | None = None
+    mass: AttentionMass | None = None
+
+    def fork(self, reads_mass: bool) -> "Evidence":
+        """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""
+        mass = self.mass.clone() if self.mass and reads_mass else None
+        return replace(self, frozen={}, saliency=None, oracle=None, mass=mass)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Policy(ABC):
     residency: str = "drop"
 
     uses_draft = False  # needs the draft's attention rows
+    uses_mass = False  # needs the target's accumulated attention
     reads_target = False  # looks at the target's true attention for the coming block (analysis only)
     every_round = False  # plans before each verify pass (else at multiples of evict_block)
     matching = "mixture"
@@ -91,9 +100,31 @@ class Policy(ABC):
         """Whether the draft's rows are really needed: nothing is evicted at budget 1."""
         return self.uses_draft and self.evicts
 
-    def tiers(self, seen: int) -> TierSizes:
-        """Sizes for `seen` committed tokens; sinks and window are kept even where the budget is smaller."""
-        units = self.kv_budget * seen
+    @property
+    def reads_mass(self) -> bool:
+        return self.uses_mass and self.evicts
+
+    def layer_shares(self, num_layers: int) -> list[float]:
+        """What each layer gets of the budget, relative to the others; not negative."""
+        return [1.0] * num_layers
+
+    def layer_units(self, seen: int, index: int, num_layers: int) -> float:
+        """Budget of one layer in critical tokens per KV head; the mean over the layers is `kv_budget` x `seen`.
+
+        Shares are flattened, all by one factor, until no layer gets less than sinks and window or more than all.
+        """
+        mean, least = self.kv_budget * seen, min(self.num_sink_tokens + self.window_size, seen)
+        shares = self.layer_shares(num_layers)
+        if min(shares) == max(shares):
+            return mean
+        average = sum(shares) / num_layers
+        below, above = 1 - min(shares) / average, max(shares) / average - 1
+        steepness = max(0.0, min(1.0, (mean - least) / (mean * below), (seen - mean) / (mean * above)))
+        return mean * (1 + steepness * (shares[index] / average - 1))
+
+    def tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
+        """Sizes of one layer for `seen` committed tokens; sinks and window are kept even if the budget is smaller."""
+        units = self.layer_units(seen, index, num_layers)
         critical = int((1 - self.marginal_share) * units + 1e-9)
         marginal = int(2 * (units - critical) + 1e-9) if self.marginal_share else 0
         if critical + marginal > seen:  # near budget 1 there are not enough tokens left to be marginal
@@ -105,7 +136,7 @@ class Policy(ABC):
         return TierSizes(critical, marginal)
 
     def due(self, seen: int) -> bool:
-        """Whether a cache of `seen` committed tokens has to be planned now."""
+        """Whether a cache of `seen` committed tokens has to be planned now: if any layer has, the mean layer has."""
         return self.evicts and self.tiers(seen).critical < seen
 
     @abstractmethod
@@ -114,7 +145,8 @@ class Policy(ABC):
 
     def plan(self, index: int, layer: TieredLayer, evidence: Evidence) -> tuple[Tensor, Tensor, int]:
         """Arguments of `TieredLayer.retain`: critical and marginal candidates and where the tail starts."""
-        sizes, tail_start = self.tiers(layer.seen), layer.seen - min(self.window_size, layer.seen)
+        sizes = self.tiers(layer.seen, index, evidence.num_layers)
+        tail_start = layer.seen - min(self.window_size, layer.seen)
         candidates = layer.candidates(tail_start)
         scores = self.score(index, layer, candidates, evidence)
         scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
@@ -174,6 +206,48 @@ class SnapKV(Policy):
         rows = attention_probabilities(queries, layer.keys, scaling)[..., :-window].mean(dim=2)  # (1, H_q, N - W)
         pooled = F.avg_pool1d(rows, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.unflatten(1, (layer.keys.shape[1], -1)).mean(dim=2)
+
+
+@dataclass(kw_only=True)
+class PyramidKV(SnapKV):
+    """SnapKV's scores with budgets that fall linearly from the first to the last layer (arXiv 2406.02069).
+
+    beta: the mean layer's budget over the last layer's, at least 1; larger is steeper.
+    """
+
+    beta: float = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 1:
+            raise UserError(f"policy.beta={self.beta} is too small; give at least 1, which is flat, e.g. 20.")
+
+    def layer_shares(self, num_layers: int) -> list[float]:
+        steps = max(num_layers - 1, 1)
+        return [1 + (1 - 1 / self.beta) * (1 - 2 * index / steps) for index in range(num_layers)]
+
+
+@dataclass(kw_only=True)
+class H2O(Policy):
+    """Heavy hitters, by the attention received from all queries so far, and recent tokens (arXiv 2306.14048).
+
+    recent_share: part of the critical tokens that are simply the most recent, in [0, 1); the window at least.
+    """
+
+    recent_share: float = 0.5
+    uses_mass = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recent_share < 1:
+            raise UserError(f"policy.recent_share={self.recent_share} is outside [0, 1); give e.g. 0.5.")
+
+    def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        assert evidence.mass is not None, "the mass is counted from the prompt on"
+        critical = self.tiers(layer.seen, index, evidence.num_layers).critical
+        recent = min(int(self.recent_share * critical), critical - self.num_sink_tokens)
+        mass = evidence.mass.sums[index].gather(-1, candidates.positions)
+        return mass.masked_fill(candidates.positions >= layer.seen - recent, torch.finfo(mass.dtype).max)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from specsmallkv.attention import (
     BACKENDS,
     FOLD_LIMIT,
     AttentionCall,
+    AttentionMass,
     AttentionRows,
     attend,
     attention_probabilities,
@@ -92,6 +93,53 @@ def test_the_last_queries_are_kept_across_chunks():
         layer.update(keys[:, :, part], values[:, :, part])
         attend(layer, 0, query[:, :, part], SCALE, call)
     assert torch.equal(call.queries[0], query[:, :, 3:])
+
+
+def columns(query, keys):
+    """Attention received by each key, mean over the group: (1, H_kv, n)."""
+    return attention_probabilities(query, keys, SCALE).sum(2).unflatten(1, (H_KV, -1)).mean(2)
+
+
+@pytest.mark.parametrize("block", [1, H_Q * 12 * 5, 2**20])
+def test_mass_is_the_column_sum_of_all_queries_however_they_are_cut(block, monkeypatch):
+    monkeypatch.setattr("specsmallkv.attention.MASS_BLOCK", block)
+    query, keys, values = random_qkv(12, 12)
+    layer, call = TieredLayer(20), AttentionCall(mass=AttentionMass(20))
+    for part in (slice(0, 7), slice(7, 12)):
+        layer.update(keys[:, :, part], values[:, :, part])
+        attend(layer, 0, query[:, :, part], SCALE, call)
+    torch.testing.assert_close(call.mass.sums[0][..., :12], columns(query, keys))
+    assert call.mass.sums[0][..., 12:].eq(0).all()
+
+
+def test_mass_counts_a_query_once_and_never_a_rejected_one():
+    query, keys, values = random_qkv(12, 12)
+    layer, mass = TieredLayer(20), AttentionMass(20)
+    layer.update(keys[:, :, :8], values[:, :, :8])
+    attend(layer, 0, query[:, :, :8], SCALE, AttentionCall(mass=mass))
+    layer.rollback(3)  # a window that is read again
+    layer.update(keys[:, :, 5:8], values[:, :, 5:8])
+    attend(layer, 0, query[:, :, 5:8], SCALE, AttentionCall(mass=mass))
+    torch.testing.assert_close(mass.sums[0][..., :8], columns(query[:, :, :8], keys[:, :, :8]))
+    layer.update(keys[:, :, 8:], values[:, :, 8:])
+    mass.pending = {0: query[:, :, 8:]}
+    layer.rollback(2)
+    mass.commit([layer], SCALE)
+    torch.testing.assert_close(mass.sums[0][..., :10], columns(query[:, :, :10], keys[:, :, :10]))
+
+
+def test_mass_of_evicted_tokens_stands_still_and_the_others_grow_where_they_belong():
+    query, keys, values = random_qkv(3, 12)
+    layer, mass = filled_layer(keys[:, :, :9], values[:, :, :9]), AttentionMass(12)
+    layer.capacity = 12
+    kept = torch.tensor([[[0, 2, 4], [1, 2, 5]]])
+    layer.retain(kept, kept[..., :0], 6)
+    layer.update(keys[:, :, 9:], values[:, :, 9:])
+    mass._counted[0], mass.pending = 9, {0: query}
+    mass.sums[0] = torch.zeros(1, H_KV, 12)
+    mass.commit([layer], SCALE)
+    assert (mass.sums[0] > 0).sum(-1).eq(9).all() and mass.sums[0].gather(2, layer.positions).gt(0).all()
+    torch.testing.assert_close(mass.sums[0].gather(2, layer.positions), columns(query, layer.keys))
 
 
 @pytest.mark.parametrize("q", [1, 4])

@@ -11,7 +11,7 @@ from specsmallkv.presets import load_policy
 from specsmallkv.sampling import Sampler
 
 NEW = 60
-STATIC = ("streaming_llm", "snapkv", "smallkv", "smallkv_paper")
+STATIC = ("streaming_llm", "snapkv", "pyramidkv", "h2o", "smallkv", "smallkv_paper")
 
 
 def decode(target, draft, policy, num_draft_tokens, prompt, new=NEW, stop_ids=(), seed=0, sampler=None, **options):
@@ -136,6 +136,9 @@ def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, dr
         torch.testing.assert_close(a.keys[:, :, -tail:], b.keys[:, :, -tail:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.values[:, :, -tail:], b.values[:, :, -tail:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.marginal_v, b.marginal_v, atol=1e-4, rtol=1e-4)
+    if name == "h2o":
+        for index, sums in plain.evidence.mass.sums.items():
+            torch.testing.assert_close(sums[..., :154], rolled.evidence.mass.sums[index][..., :154])
     if name in ("smallkv", "specsmallkv"):
         assert plain.draft.seen == rolled.draft.seen
         one, two = plain.evidence.oracle, rolled.evidence.oracle
@@ -162,8 +165,10 @@ def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, 
         assert (sequence.target.host_nbytes > 0) is (name == "specsmallkv")
         assert (layer.positions.diff(dim=-1) > 0).all() and layer.positions[0, 0, -1] == layer.seen - 1
     assert sequence.counters.max_target_bytes <= budget * sequence.counters.full_bytes_then + (16 + 4) * entry
-    for kept in sequence.target.kept_per_layer():
-        assert kept["critical"] < kept["total"] // 2, "compression fired in every layer"
+    kept, half = sequence.target.kept_per_layer(), sequence.target.seen // 2
+    assert sum(layer["critical"] for layer in kept) < half * len(kept)
+    most = 2 * budget * sequence.target.seen if name == "pyramidkv" else half
+    assert all(layer["critical"] < most for layer in kept), "compression fired in every layer"
 
 
 @pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv"])
@@ -171,6 +176,28 @@ def test_the_reference_backend_gives_the_same_tokens_as_sdpa(target, draft, prom
     policy = load_policy(name) if name == "full" else load_policy(name, kv_budget=0.3)
     outputs = [decode(target, draft, policy, 3, prompt, attention=backend)[0] for backend in ("sdpa", "reference")]
     assert outputs[0] == outputs[1]
+
+
+def test_h2o_sums_the_prompts_attention_of_transformers(prompt):
+    target = tiny_model(seed=1)
+    target.set_attn_implementation("eager")
+    with torch.inference_mode():
+        expected = target(torch.tensor([prompt]), output_attentions=True).attentions
+        decoder = Decoder(target, None, load_policy("h2o", kv_budget=0.3), 0)
+        sequence = decoder.start(prompt, 8)
+        decoder.prefill(sequence)
+    for index, rows in enumerate(expected):
+        sums = rows.sum(2).unflatten(1, (2, -1)).mean(2)
+        torch.testing.assert_close(sequence.evidence.mass.sums[index][..., : len(prompt)], sums)
+
+
+def test_layers_of_a_pyramid_hold_and_allocate_what_is_theirs(target, prompt):
+    policy = load_policy("pyramidkv", kv_budget=0.3, window_size=8, evict_block=16)
+    _, sequence = decode(target, None, policy, 0, prompt)
+    slots = [layer.num_slots for layer in sequence.target.layers]
+    assert slots[0] - slots[1] > 30 and slots[1] - slots[2] > 30
+    for index, layer in enumerate(sequence.target.layers):
+        assert layer.k.shape[2] == policy.tiers(len(prompt) + NEW, index, 3).critical + 16 + 1
 
 
 def test_marginal_compensation_is_in_use(target, draft, prompt):

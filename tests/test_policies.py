@@ -6,15 +6,29 @@ A new policy is a row in POLICIES.
 import pytest
 import torch
 
+from specsmallkv.attention import AttentionMass
 from specsmallkv.cache import TieredLayer
 from specsmallkv.errors import UserError
-from specsmallkv.policies import Evidence, FullCache, Lookahead, Oracle, Policy, SmallKV, SnapKV, StreamingLLM
+from specsmallkv.policies import (
+    H2O,
+    Evidence,
+    FullCache,
+    Lookahead,
+    Oracle,
+    Policy,
+    PyramidKV,
+    SmallKV,
+    SnapKV,
+    StreamingLLM,
+)
 from specsmallkv.presets import load_policy, names
 
 POLICIES = {
     "full": FullCache,
     "streaming_llm": StreamingLLM,
     "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "h2o": H2O,
     "smallkv_paper": SmallKV,
     "smallkv": SmallKV,
     "specsmallkv": Lookahead,
@@ -35,7 +49,9 @@ def evidence_of(window, saliency=None):
     generator = torch.Generator().manual_seed(1)
     queries = {0: torch.randn(1, H_Q, window, DIM, generator=generator)}
     saliency = torch.rand(1, H_KV, 2 * N, generator=generator) if saliency is None else saliency
-    return Evidence(scaling=DIM**-0.5, queries=queries, saliency=saliency)
+    mass = AttentionMass(2 * N)
+    mass.sums[0] = torch.rand(1, H_KV, 2 * N, generator=generator)
+    return Evidence(scaling=DIM**-0.5, queries=queries, saliency=saliency, mass=mass)
 
 
 def planned(policy, layer, evidence):
@@ -131,6 +147,61 @@ def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
         previous = sizes.critical
 
 
+class Shares(StreamingLLM):
+    """Budgets in proportion to what a test wants."""
+
+    def layer_shares(self, num_layers):
+        return self.shares
+
+
+@pytest.mark.parametrize("shares", [[1, 1, 1], [0, 5, 1], [1, 0, 0, 0, 0, 0], [3, 2, 1.5, 1]])
+@pytest.mark.parametrize("budget", [0.05, 0.2, 0.5, 0.95])
+def test_budgets_of_unequal_layers_stay_within_the_sum_and_their_bounds(shares, budget):
+    policy, num_layers = Shares(name="shares", kv_budget=budget), len(shares)
+    policy.shares = shares
+    previous = [0] * num_layers
+    for seen in range(1, 1500, 13):
+        sizes = [policy.tiers(seen, index, num_layers).critical for index in range(num_layers)]
+        least = min(seen, policy.num_sink_tokens + policy.window_size)
+        assert sum(sizes) <= max(budget * seen, least) * num_layers + 1e-6
+        assert sum(sizes) > (budget * seen - 1) * num_layers - 1e-6, "and use it up"
+        assert all(least <= size <= seen for size in sizes)
+        assert all(now >= then for now, then in zip(sizes, previous, strict=True)), "a buffer's size is its last"
+        previous = sizes
+
+
+def test_pyramidkv_falls_linearly_from_the_first_layer_to_the_mean_over_beta_in_the_last():
+    policy = load_policy("pyramidkv", kv_budget=0.2, beta=4)
+    sizes = [policy.tiers(5000, index, 5).critical for index in range(5)]
+    assert sizes == [1750, 1375, 1000, 625, 250]
+    least = policy.num_sink_tokens + policy.window_size
+    short = [policy.tiers(400, index, 3).critical for index in range(3)]
+    assert short == [160 - least, 80, least], "flatter where the last layer could not keep sinks and window"
+    assert [load_policy("pyramidkv", beta=1).tiers(1000, index, 3).critical for index in range(3)] == [200] * 3
+
+
+def test_h2o_keeps_heavy_hitters_and_the_recent_half():
+    policy, layer = load_policy("h2o", kv_budget=0.25), layer_of(N, "drop")  # 100 of 400
+    evidence = evidence_of(policy.window_size)
+    heavy = [torch.randperm(340, generator=torch.Generator().manual_seed(h))[:46] + 4 for h in range(H_KV)]
+    for head in range(H_KV):
+        evidence.mass.sums[0][0, head, heavy[head]] += 1
+    planned(policy, layer, evidence)
+    for head in range(H_KV):
+        expected = [*range(4), *heavy[head].sort().values.tolist(), *range(350, N)]
+        assert layer.positions[0, head].tolist() == expected
+
+
+def test_a_fork_of_the_evidence_counts_its_own_mass():
+    first = evidence_of(32)
+    second, third = first.fork(reads_mass=True), first.fork(reads_mass=False)
+    before = first.mass.sums[0].clone()
+    second.mass.sums[0] += 1
+    second.frozen[0] = before
+    assert torch.equal(first.mass.sums[0], before) and not first.frozen
+    assert second.queries is first.queries and third.mass is None
+
+
 @pytest.mark.parametrize(
     "name, field, value",
     [
@@ -150,6 +221,8 @@ def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
         ("snapkv", "kv_budget", True),
         ("specsmallkv", "selection", "token"),
         ("streaming_llm", "num_sink_tokens", -1),
+        ("pyramidkv", "beta", 0.5),
+        ("h2o", "recent_share", 1.0),
     ],
 )
 def test_impossible_settings_are_refused_with_their_value(name, field, value):

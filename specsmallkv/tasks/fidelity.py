@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ..attention import AttentionCall
+from ..attention import AttentionCall, AttentionMass
 from ..cache import TieredCache
 from ..config import RunConfig
 from ..decode import Decoder, Sequence
@@ -22,7 +22,7 @@ from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..metrics import Scores, attention_recall, bootstrap_interval, jaccard_of_top
-from ..policies import Evidence, Policy
+from ..policies import Policy
 from ..presets import load_policy
 from .generate import load_generator, setting_figures
 
@@ -116,7 +116,7 @@ class FidelityTask:
         text = self._tokens(spec)
         spec.check_length(text, 1)
         with display.waiting(f"reading {len(text)} tokens with the full cache"):
-            base, reference = prefill_once(spec, config.policy, text, self.context_tokens)
+            base, reference = prefill_once(spec, config.policy, text, self.context_tokens, policies)
             trials = [open_trial(spec, policy, base) for policy in policies]
         self._score(base, trials, reference, text, config.quiet)
         results = [summary(trial, trials) for trial in trials]
@@ -210,10 +210,14 @@ class Base:
             self.sequence.draft.rollback(max(0, self.sequence.draft.seen - position))
 
 
-def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: int) -> tuple[Base, Reference]:
+def prefill_once(
+    spec: SpecSmallKV, policy: Policy, text: list[int], context: int, policies: list[Policy]
+) -> tuple[Base, Reference]:
     """Read the prompt with both models, then the rest of the text with the full cache."""
     decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
     sequence = decoder.start(text[:context], len(text) - context)
+    if any(policy.reads_mass for policy in policies):
+        sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
     first = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
     reference = TieredCache(len(sequence.target.layers), len(text))
@@ -234,7 +238,7 @@ def open_trial(spec: SpecSmallKV, policy: Policy, base: Base) -> Trial:
     shared = base.sequence
     sequence = decoder.start(shared.tokens, shared.limit - len(shared.tokens))
     copy_cache(shared.target, sequence.target)
-    evidence = Evidence(shared.evidence.scaling, queries=shared.evidence.queries)
+    evidence = shared.evidence.fork(policy.reads_mass)
     if policy.reads_draft and shared.evidence.oracle is not None:
         evidence.oracle = shared.evidence.oracle.share(policy.matching)
     sequence.evidence, sequence.draft = evidence, None
