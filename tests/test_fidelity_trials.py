@@ -1,0 +1,37 @@
+"""A trial of task=fidelity begins where decoding of the same prompt begins."""
+
+import pytest
+import torch
+
+from specsmallkv import SpecSmallKV, load_policy
+from specsmallkv.decode import Decoder
+from specsmallkv.tasks.fidelity import open_trial, prefill_once
+
+TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
+DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
+NAMES = ("streaming_llm", "snapkv", "pyramidkv", "h2o", "smallkv")
+
+
+@pytest.fixture(scope="module")
+def trials():
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
+    policies = [load_policy(name, kv_budget=0.3) for name in NAMES]
+    with torch.inference_mode():
+        base, _ = prefill_once(spec, policies[-1], text, 240, policies)  # h2o needs what the base's policy does not
+        return spec, text[:240], {policy.name: open_trial(spec, policy, base) for policy in policies}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trial_keeps_the_tokens_that_decoding_keeps(trials, name):
+    spec, prompt, opened = trials
+    decoder = Decoder(spec.pair.target, spec.pair.draft, opened[name].policy, 3)
+    with torch.inference_mode():
+        sequence = decoder.start(prompt, 20)
+        sequence.tokens.append(int(decoder.prefill(sequence).argmax()))
+        decoder.prefill_draft(sequence)
+        decoder.evict(sequence, after_prefill=True)
+    for ours, theirs in zip(opened[name].sequence.target.layers, sequence.target.layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions) and ours.num_slots < 240
+        assert torch.equal(ours.marginal_positions, theirs.marginal_positions)
+        assert ours.k.shape == theirs.k.shape
