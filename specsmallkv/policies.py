@@ -47,7 +47,7 @@ class Policy(ABC):
     """Settings common to all policies.
 
     kv_budget: fraction of the full cache's bytes kept on the device, in (0, 1]. num_sink_tokens: first tokens, always
-    kept. window_size: recent tokens, always kept; also the observation window. evict_block: static policies evict at
+    kept. window_size: recent tokens, always kept; also the observation window. evict_block: tokens leave the window at
     committed lengths that are multiples of it. residency: "drop" or "offload". Raises UserError for bad values.
     """
 
@@ -60,7 +60,7 @@ class Policy(ABC):
 
     uses_draft = False  # needs the draft's attention rows
     reads_target = False  # looks at the target's true attention for the coming block (analysis only)
-    every_round = False  # plans before each verify pass (else at multiples of evict_block)
+    every_round = False  # chooses anew before each verify pass (else once per eviction event)
     matching = "mixture"
     marginal_share = 0.0
     compensation = "none"
@@ -112,14 +112,20 @@ class Policy(ABC):
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         """Importance of each candidate, (1, H_kv, n), of target layer `index`; higher stays."""
 
-    def plan(self, index: int, layer: TieredLayer, evidence: Evidence) -> tuple[Tensor, Tensor, int]:
-        """Arguments of `TieredLayer.retain`: critical and marginal candidates and where the tail starts."""
-        sizes, tail_start = self.tiers(layer.seen), layer.seen - min(self.window_size, layer.seen)
+    def plan(
+        self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None
+    ) -> tuple[Tensor, Tensor, int]:
+        """Arguments of `TieredLayer.retain`: critical and marginal candidates and where the tail starts.
+
+        evicted_at: committed length of the last eviction event, None for now; tokens since then wait in the tail.
+        """
+        committed = layer.seen if evicted_at is None else evicted_at
+        sizes, tail_start = self.tiers(committed), committed - min(self.window_size, committed)
         candidates = layer.candidates(tail_start)
         scores = self.score(index, layer, candidates, evidence)
         scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
         with_keys = scores[..., : candidates.num_with_keys]
-        count = min(sizes.critical - (layer.seen - tail_start), candidates.num_with_keys)
+        count = min(sizes.critical - (committed - tail_start), candidates.num_with_keys)
         critical = with_keys.topk(count, dim=-1).indices.sort(dim=-1).values
         rest = scores.scatter(-1, critical, -torch.inf)
         marginal = rest.topk(min(sizes.marginal, rest.shape[-1] - count), dim=-1).indices

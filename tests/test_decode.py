@@ -131,7 +131,8 @@ def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, dr
     for a, b in zip(plain.target.layers, rolled.target.layers, strict=True):
         if name == "specsmallkv" and a is not plain.target.layers[0]:
             continue  # the set it reads follows the rejected drafts' rows too; keys of the first layer do not
-        tail = 32 if name == "specsmallkv" else a.num_slots
+        assert a.tail_start == b.tail_start
+        tail = a.seen - a.tail_start if name == "specsmallkv" else a.num_slots
         assert torch.equal(a.positions[..., -tail:], b.positions[..., -tail:])
         torch.testing.assert_close(a.keys[:, :, -tail:], b.keys[:, :, -tail:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.values[:, :, -tail:], b.values[:, :, -tail:], atol=1e-4, rtol=1e-4)
@@ -164,6 +165,47 @@ def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, 
     assert sequence.counters.max_target_bytes <= budget * sequence.counters.full_bytes_then + (16 + 4) * entry
     for kept in sequence.target.kept_per_layer():
         assert kept["critical"] < kept["total"] // 2, "compression fired in every layer"
+
+
+def bytes_in_forced_rounds(decoder, prompt, rounds):
+    """Target bytes in each verify pass; every draft is rejected, so that all policies see the same lengths."""
+    seen = []
+    with torch.inference_mode():
+        sequence, _ = begin(decoder, prompt, 5)
+        sequence.counters.see = lambda cache: seen.append(cache.nbytes)
+        for token in range(1, rounds + 1):
+            step(decoder, sequence, token)
+    return seen
+
+
+@pytest.mark.parametrize("length", [20, 150])
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_static_and_lookahead_policies_hold_equal_bytes_in_every_pass(target, draft, prompt, length, num_draft_tokens):
+    """Invariant 5: policies are compared at equal resident bytes; the prompts are evicted early and late."""
+    settings = {"kv_budget": 0.3, "evict_block": 16, "window_size": 8}
+    seen = [
+        bytes_in_forced_rounds(
+            Decoder(target, draft, load_policy(name, **settings), num_draft_tokens), prompt[:length], 50
+        )
+        for name in ("snapkv", "specsmallkv", "oracle")
+    ]
+    assert seen[0] == seen[1] == seen[2]
+    assert sum(after < before for before, after in itertools.pairwise(seen[0])) >= 3, "and evictions happened"
+
+
+@pytest.mark.parametrize("name", ["specsmallkv", "oracle"])
+def test_tokens_leave_the_window_of_a_lookahead_policy_in_blocks_only(target, draft, prompt, name):
+    policy = load_policy(name, kv_budget=0.3, evict_block=16, window_size=8)
+    decoder = Decoder(target, draft, policy, 4)
+    for index, (round_, sequence) in enumerate(decoder.generate(prompt, NEW)):
+        if index == 0:
+            continue
+        seen, layer = sequence.target.seen, sequence.target.layers[0]
+        before = seen - len(round_.tokens)  # the block was planned at this committed length
+        event = max(len(prompt), before - before % 16)
+        assert layer.tail_start == event - 8 and layer.num_kept == policy.tiers(event).critical - 8
+        assert before // 16 == (seen - 1) // 16 and before + round_.num_drafted + 1 <= before - before % 16 + 16
+    assert seen > len(prompt) + 48
 
 
 @pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv"])
