@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import AttentionCall, AttentionRows, use_tiered_attention
+from .attention import AttentionCall, AttentionRows, check_selection, use_tiered_attention
 from .cache import TieredCache
 from .matching import marginal_weights
 from .oracle import AttentionOracle
@@ -98,6 +98,7 @@ class Decoder:
         self.target, self.policy, self.num_draft_tokens = target, policy, num_draft_tokens
         self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
         self.sampler, self.attention = sampler or Sampler(), attention
+        check_selection(attention, policy.selection)
         self.device, self.vocab_size = target.device, target.config.vocab_size
         for model in filter(None, (target, self.draft_model)):
             use_tiered_attention(model)
@@ -197,6 +198,8 @@ class Decoder:
         if self.policy.every_round and self.policy.due(sequence.evicted_at):
             if self.policy.reads_target:
                 sequence.evidence.saliency = self.look(sequence, drafts)[..., :seen]
+            elif oracle is not None and self.policy.selection == "query":
+                sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at)
             elif oracle is not None:
                 sequence.evidence.saliency = oracle.lookahead_saliency(seen)
             self._retain(sequence)
