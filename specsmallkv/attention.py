@@ -135,11 +135,25 @@ def fold(query: Tensor, num_kv_heads: int) -> Tensor:
     return query.reshape(query.shape[0], num_kv_heads, -1, query.shape[3])
 
 
-def attention_probabilities(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Float32 probabilities (B, H_q, q, n) of causal attention; query (B, H_q, q, D), keys (B, H_kv, n, D)."""
+def visible(layer: TieredLayer, num_queries: int) -> Tensor | None:
+    """(B, H_kv, q, num_slots) bool: kept tokens as `row_mask` says, the tail causally; None without a row mask."""
+    if layer.row_mask is None:
+        return None
+    assert layer.row_mask.shape[2] == num_queries, "sets were planned for another number of queries"
+    tail = causal_mask(num_queries, layer.num_slots, layer.row_mask.device)[:, layer.num_kept :]
+    return torch.cat((layer.row_mask, tail.expand(*layer.row_mask.shape[:3], -1)), dim=-1)
+
+
+def attention_probabilities(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Float32 probabilities (B, H_q, q, n) of causal attention; query (B, H_q, q, D), keys (B, H_kv, n, D).
+
+    mask (B, H_kv, q, n) bool, True where attended, takes the place of the causal one.
+    """
     scores = (fold(query, keys.shape[1]) @ keys.transpose(2, 3)).float() * scaling
     scores = scores.view(*query.shape[:3], keys.shape[2])
-    if query.shape[2] > 1:
+    if mask is not None:
+        scores = scores.masked_fill(~mask.repeat_interleave(query.shape[1] // keys.shape[1], dim=1), -torch.inf)
+    elif query.shape[2] > 1:
         scores = scores.masked_fill(~causal_mask(query.shape[2], keys.shape[2], keys.device), -torch.inf)
     return scores.softmax(dim=-1)
 
@@ -150,35 +164,41 @@ def weighted_values(weights: Tensor, values: Tensor) -> Tensor:
     return out.view(*weights.shape[:3], values.shape[3])
 
 
-def reference_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def reference_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
     """Softmax attention written out in float32; the yardstick for every other backend."""
-    probabilities = attention_probabilities(query.float(), keys.float(), scaling)
+    probabilities = attention_probabilities(query.float(), keys.float(), scaling, mask)
     return weighted_values(probabilities, values.float()).to(query.dtype)
 
 
-def sdpa_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def sdpa_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """torch's fused attention; storage is GQA-native, so no head is ever repeated."""
     q, n = query.shape[2], keys.shape[2]
-    if q > FOLD_LIMIT:
+    if mask is None and q > FOLD_LIMIT:
         mask = None if q == n else causal_mask(q, n, keys.device)
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
     group = query.shape[1] // keys.shape[1]
-    mask = None if q == 1 else causal_mask(q, n, keys.device).repeat(group, 1)
+    if mask is not None:
+        mask = mask.repeat(1, 1, group, 1)
+    elif q > 1:
+        mask = causal_mask(q, n, keys.device).repeat(group, 1)
     out = F.scaled_dot_product_attention(fold(query, keys.shape[1]), keys, values, attn_mask=mask, scale=scaling)
     return out.view(query.shape)
 
 
-def flash_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def flash_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """flash-attn (CUDA): its causal mask is aligned to the last key and its storage GQA-native, as ours."""
     from flash_attn import flash_attn_func
 
+    assert mask is None, "flash-attn takes no mask"
     q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
     return flash_attn_func(q, k, v, softmax_scale=scaling, causal=True).transpose(1, 2)
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]] = {
     "sdpa": sdpa_attention,
     "reference": reference_attention,
     "flash": flash_attention,
@@ -202,13 +222,15 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     if call.mass:
         call.mass.add(index, layer, query, scaling)
     keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
+    mask = None if call.everything else visible(layer, query.shape[2])
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
     if call.rows and count:
-        probabilities = attention_probabilities(query[:, :, -count:], keys, scaling)
+        recorded = None if mask is None else mask[:, :, -count:]
+        probabilities = attention_probabilities(query[:, :, -count:], keys, scaling, recorded)
         call.rows.store(index, layer.seen, probabilities)
         if count == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
             return weighted_values(probabilities, values)
-    return compensate(BACKENDS[call.backend](query, keys, values, scaling), layer)
+    return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)
 
 
 def tiered_attention(
@@ -245,6 +267,14 @@ def choose_backend(requested: str, device: torch.device) -> str:
     if requested == "flash":
         _require_flash(device)
     return requested
+
+
+def check_selection(backend: str, selection: str) -> None:
+    """UserError if the backend cannot give every query its own set."""
+    if backend == "flash" and selection == "query":
+        raise UserError(
+            "model.attention=flash takes no mask, which policy.selection=query needs; use model.attention=sdpa."
+        )
 
 
 def _require_flash(device: torch.device) -> None:

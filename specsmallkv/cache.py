@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -75,6 +76,7 @@ class TieredLayer(CacheLayerMixin):
         self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
         self.marginal_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_marginal, D)
         self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
+        self.row_mask: Tensor | None = None  # (B, H_kv, q, num_kept) bool: what each verify query reads; None: all
         self.recall_bytes = 0  # moved from the host store since the reset
         self.num_new = 0  # entries of the last retain that were not resident before, over all heads
 
@@ -179,11 +181,12 @@ class TieredLayer(CacheLayerMixin):
         with_keys = self.positions[:, :, : self.num_kept + tail_start - self.tail_start]
         return Candidates(torch.cat((with_keys, self.marginal_positions), dim=2), with_keys.shape[2])
 
-    def retain(self, critical: Tensor, marginal: Tensor, tail_start: int) -> None:
+    def retain(self, critical: Tensor, marginal: Tensor, tail_start: int, row_mask: Tensor | None = None) -> None:
         """Make these candidates the resident set: evict the others and, from a host store, recall what is missing.
 
         critical (B, H_kv, c), marginal (B, H_kv, m): indices into `candidates(tail_start)`, both sorted by position;
-        tokens from `tail_start` on become the tail.
+        tokens from `tail_start` on become the tail. row_mask (B, H_kv, q, c): which of the critical tokens each of the
+        q queries of the coming verify pass reads; only with it may a head repeat its first index, as padding.
         """
         positions = self.candidates(tail_start).positions
         tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
@@ -195,13 +198,13 @@ class TieredLayer(CacheLayerMixin):
         else:
             kept_k, kept_v = select(self.k, critical), select(self.v, critical)
             marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
-        self._shrink()
         kept, length = critical.shape[2], critical.shape[2] + tail_k.shape[2]
+        self._shrink(length + (0 if row_mask is None else row_mask.shape[2]))
         self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
         self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         self.kept_positions, self.tail_start = positions.gather(2, critical), tail_start
         self.marginal_v, self.marginal_positions = marginal_v, positions.gather(2, marginal)
-        self.marginal_weights = None
+        self.marginal_weights, self.row_mask = None, row_mask
 
     def _flush(self, tail_start: int) -> None:
         """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
@@ -217,7 +220,8 @@ class TieredLayer(CacheLayerMixin):
     def _recall(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """K and V at positions `wanted` (B, H_kv, c). Over a bus only the entries that are not resident move."""
         slot, resident = self._resident_slots(wanted)
-        self.num_new = int((~resident).sum())
+        padding = F.pad(wanted.diff(dim=2) == 0, (1, 0)) if wanted.shape[2] else resident
+        self.num_new = int((~(resident | padding)).sum())
         self.recall_bytes += self.num_new * self.entry_bytes
         if self.shares_memory:
             return select(self.store_k, wanted), select(self.store_v, wanted)
@@ -242,9 +246,12 @@ class TieredLayer(CacheLayerMixin):
         resident = have.gather(2, slot) == wanted
         return slot.masked_fill(~resident, 0), resident
 
-    def _shrink(self) -> None:
-        """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one."""
-        slots = self.resident_capacity or self.capacity
+    def _shrink(self, needed: int) -> None:
+        """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one.
+
+        The union of several queries' sets may need more slots than one set; the buffer then follows it.
+        """
+        slots = max(self.resident_capacity or self.capacity, needed)
         if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():
             batch, heads, _, dim = self.k.shape
             self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (self.k, self.v))

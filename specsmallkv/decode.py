@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import AttentionCall, AttentionMass, AttentionRows, use_tiered_attention
+from .attention import AttentionCall, AttentionMass, AttentionRows, check_selection, use_tiered_attention
 from .cache import TieredCache
 from .matching import marginal_weights
 from .oracle import AttentionOracle
@@ -73,6 +73,7 @@ class Sequence:
     target: TieredCache
     draft: TieredCache | None
     evidence: Evidence
+    evicted_at: int  # committed length of the last eviction event; the prompt's at first
     observed: bool = False  # the observation window has been read
     counters: Counters = field(default_factory=Counters)
 
@@ -97,6 +98,7 @@ class Decoder:
         self.target, self.policy, self.num_draft_tokens = target, policy, num_draft_tokens
         self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
         self.sampler, self.attention = sampler or Sampler(), attention
+        check_selection(attention, policy.selection)
         self.device, self.vocab_size = target.device, target.config.vocab_size
         for model in filter(None, (target, self.draft_model)):
             use_tiered_attention(model)
@@ -152,7 +154,7 @@ class Decoder:
         draft = TieredCache(self.draft_model.config.num_hidden_layers, limit + room) if self.draft_model else None
         evidence = Evidence(attention_scaling(self.target), num_layers, oracle=self._oracle(room, limit + room))
         evidence.mass = AttentionMass(limit + room) if self.policy.reads_mass else None
-        return Sequence(list(prompt), limit, target, draft, evidence)
+        return Sequence(list(prompt), limit, target, draft, evidence, evicted_at=len(prompt))
 
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
@@ -191,9 +193,11 @@ class Decoder:
     def plan(self, sequence: Sequence, drafts: list[int]) -> None:
         """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all."""
         oracle, seen = sequence.evidence.oracle, sequence.target.seen
-        if self.policy.every_round and self.policy.due(seen):
+        if self.policy.every_round and self.policy.due(sequence.evicted_at):
             if self.policy.reads_target:
                 sequence.evidence.saliency = self.look(sequence, drafts)[..., :seen]
+            elif oracle is not None and self.policy.selection == "query":
+                sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at)
             elif oracle is not None:
                 sequence.evidence.saliency = oracle.lookahead_saliency(seen)
             self._retain(sequence)
@@ -240,14 +244,16 @@ class Decoder:
             sequence.draft.rollback(max(0, sequence.draft.seen - sequence.target.seen))
 
     def evict(self, sequence: Sequence, after_prefill: bool = False) -> None:
-        """Static policies evict committed tokens: after prefill, then at multiples of `evict_block`."""
+        """Committed tokens leave the recent window in blocks: after prefill, then at multiples of `evict_block`."""
         seen, evidence = sequence.target.seen, sequence.evidence
-        due_now = self.policy.every_round or after_prefill or seen % self.policy.evict_block == 0
-        if not (due_now and self.policy.due(seen)):
+        if not after_prefill and seen % self.policy.evict_block:
+            return
+        sequence.evicted_at = seen
+        if not self.policy.due(seen):
             return
         self._observe_if_needed(sequence)
         if self.policy.every_round:
-            return  # evicts what it plans, with the next block's rows
+            return  # moves memory in `plan`, with the next block's rows
         if evidence.oracle is not None:
             evidence.saliency = evidence.oracle.interval_saliency(seen)
             evidence.oracle.refresh()
@@ -297,9 +303,9 @@ class Decoder:
     # --- helpers ---------------------------------------------------------------------------------------------------
 
     def _num_drafts(self, sequence: Sequence) -> int:
-        """Drafts are cut at the token limit, and where a static policy would evict (its rows must not see past it)."""
+        """Drafts are cut at the token limit and at the next eviction event (a verify pass must not see past it)."""
         count = min(self.num_draft_tokens, sequence.limit - len(sequence.tokens) - 1)
-        if self.policy.evicts and not self.policy.every_round:
+        if self.policy.evicts:
             block, seen = self.policy.evict_block, sequence.target.seen
             count = min(count, block - seen % block - 1)
         return count
@@ -307,7 +313,7 @@ class Decoder:
     def _retain(self, sequence: Sequence) -> None:
         layers = sequence.target.layers
         for index, layer in enumerate(layers):
-            layer.retain(*self.policy.plan(index, layer, sequence.evidence))
+            layer.retain(*self.policy.plan(index, layer, sequence.evidence, sequence.evicted_at))
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .attention import choose_backend
+from .attention import check_selection, choose_backend
 from .config import ModelConfig
 from .decode import Decoder, Round, Sequence
 from .errors import UserError
@@ -173,6 +173,7 @@ class SpecSmallKV:
                 f"policy={policy.name} with num_draft_tokens={num_draft_tokens} needs a draft model; set model.draft, "
                 "or use policy=full or policy=snapkv with speculation=none."
             )
+        check_selection(attention, policy.selection)
         self.pair, self.policy, self.num_draft_tokens = pair, policy, num_draft_tokens
         self.attention = choose_backend(attention, pair.target.device)
 

@@ -23,17 +23,33 @@ def attention_recall(layer: TieredLayer, queries: Tensor, full_keys: Tensor, sca
     rows = attention_probabilities(queries, full_keys, scaling)
     grouped = rows.unflatten(1, (full_keys.shape[1], -1))  # (1, H_kv, group, q, n)
     index = layer.kept_positions[:, :, None, None].expand(*grouped.shape[:4], -1)
-    mass = grouped.gather(-1, index).sum(-1) + grouped[..., layer.tail_start :].sum(-1)
-    return float(mass.mean())
+    kept = grouped.gather(-1, index) * _read(layer, queries.shape[2]).unsqueeze(2)
+    return float((kept.sum(-1) + grouped[..., layer.tail_start :].sum(-1)).mean())
 
 
 def jaccard_of_top(layer: TieredLayer, queries: Tensor, full_keys: Tensor, scaling: float) -> float:
-    """Jaccard similarity of the kept set and the truly most attended tokens before the tail (paper: Fig. 1b)."""
+    """Jaccard similarity of the kept set and the truly most attended tokens before the tail (paper: Fig. 1b).
+
+    One comparison for the block, or one for each query that has its own set.
+    """
     rows = attention_probabilities(queries, full_keys, scaling).unflatten(1, (full_keys.shape[1], -1))
-    true = rows.mean(dim=(2, 3))[..., : layer.tail_start].topk(layer.num_kept, dim=-1).indices
-    kept = torch.zeros(*true.shape[:2], layer.tail_start, dtype=torch.bool, device=true.device)
-    both = kept.scatter(2, layer.kept_positions, True).gather(2, true).sum(-1)
-    return float((both / (2 * layer.num_kept - both).clamp_min(1)).mean())
+    attended, read = rows.mean(dim=2)[..., : layer.tail_start], _read(layer, queries.shape[2])
+    if layer.row_mask is None:
+        attended, read = attended.mean(dim=2, keepdim=True), read[:, :, :1]
+    size = int(read[0, 0, 0].sum())
+    true = attended.topk(size, dim=-1).indices
+    index = layer.kept_positions.unsqueeze(2).expand_as(read)
+    kept = torch.zeros_like(attended).scatter_add(3, index, read.to(attended.dtype))
+    both = kept.gather(3, true).sum(-1)
+    return float((both / (2 * size - both).clamp_min(1)).mean())
+
+
+def _read(layer: TieredLayer, num_queries: int) -> Tensor:
+    """(1, H_kv, q, num_kept) bool: which kept tokens each of the verify pass's first q queries read."""
+    if layer.row_mask is not None:
+        return layer.row_mask[:, :, :num_queries]
+    kept = layer.kept_positions
+    return torch.ones(1, device=kept.device, dtype=torch.bool).expand(*kept.shape[:2], num_queries, kept.shape[2])
 
 
 @dataclass

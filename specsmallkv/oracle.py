@@ -78,6 +78,16 @@ class AttentionOracle:
         assert self.head_map is not None, "the head map is fitted before anybody asks"
         return self.head_map.saliency(self.block.values[:, :, :length].mean(dim=1), self.num_kv_heads)
 
+    def row_saliencies(self, length: int) -> Tensor:
+        """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
+
+        What enters here may depend on that row and on what is fixed at eviction events, else `selection=query` is not
+        exact. So no product spans two rows: its rounding could depend on how many there are.
+        """
+        assert self.head_map is not None, "the head map is fitted before anybody asks"
+        rows = self.block.values[:, :, :length].unbind(dim=1)
+        return torch.stack([self.head_map.saliency(row.contiguous(), self.num_kv_heads) for row in rows], dim=2)
+
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"

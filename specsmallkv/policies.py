@@ -7,6 +7,7 @@ To add one: a class with `score`, a YAML in conf/policy, a row in tests/test_pol
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ class Evidence:
     """What a policy may look at, for one sequence.
 
     queries: the target's observation window per layer, (1, H_q, W, D). frozen: per layer, a policy's own memory.
-    saliency: (L, H_kv, N) from the draft, for policies that ask for it. scaling: of the target's attention scores.
+    saliency: (L, H_kv, N) from the draft, for policies that ask for it; (L, H_kv, q, N), one per query of the coming
+    verify pass, under `selection=query`. scaling: of the target's attention scores.
     mass: the target's accumulated attention, for policies that ask for it. num_layers: of the target.
     """
 
@@ -50,12 +52,21 @@ class TierSizes:
     marginal: int
 
 
+class Plan(NamedTuple):
+    """Arguments of `TieredLayer.retain`."""
+
+    critical: Tensor
+    marginal: Tensor
+    tail_start: int
+    row_mask: Tensor | None = None
+
+
 @dataclass(kw_only=True)
 class Policy(ABC):
     """Settings common to all policies.
 
     kv_budget: fraction of the full cache's bytes kept on the device, in (0, 1]. num_sink_tokens: first tokens, always
-    kept. window_size: recent tokens, always kept; also the observation window. evict_block: static policies evict at
+    kept. window_size: recent tokens, always kept; also the observation window. evict_block: tokens leave the window at
     committed lengths that are multiples of it. residency: "drop" or "offload". Raises UserError for bad values.
     """
 
@@ -69,7 +80,8 @@ class Policy(ABC):
     uses_draft = False  # needs the draft's attention rows
     uses_mass = False  # needs the target's accumulated attention
     reads_target = False  # looks at the target's true attention for the coming block (analysis only)
-    every_round = False  # plans before each verify pass (else at multiples of evict_block)
+    every_round = False  # chooses anew before each verify pass (else once per eviction event)
+    selection = "block"  # whose set a verify pass reads: the block's, or each query its own
     matching = "mixture"
     marginal_share = 0.0
     compensation = "none"
@@ -143,20 +155,24 @@ class Policy(ABC):
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         """Importance of each candidate, (1, H_kv, n), of target layer `index`; higher stays."""
 
-    def plan(self, index: int, layer: TieredLayer, evidence: Evidence) -> tuple[Tensor, Tensor, int]:
-        """Arguments of `TieredLayer.retain`: critical and marginal candidates and where the tail starts."""
-        sizes = self.tiers(layer.seen, index, evidence.num_layers)
-        tail_start = layer.seen - min(self.window_size, layer.seen)
+    def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
+        """Critical and marginal candidates and where the tail starts.
+
+        evicted_at: committed length of the last eviction event, None for now; tokens since then wait in the tail.
+        """
+        committed = layer.seen if evicted_at is None else evicted_at
+        sizes = self.tiers(committed, index, evidence.num_layers)
+        tail_start = committed - min(self.window_size, committed)
         candidates = layer.candidates(tail_start)
         scores = self.score(index, layer, candidates, evidence)
         scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
         with_keys = scores[..., : candidates.num_with_keys]
-        count = min(sizes.critical - (layer.seen - tail_start), candidates.num_with_keys)
+        count = min(sizes.critical - (committed - tail_start), candidates.num_with_keys)
         critical = with_keys.topk(count, dim=-1).indices.sort(dim=-1).values
         rest = scores.scatter(-1, critical, -torch.inf)
         marginal = rest.topk(min(sizes.marginal, rest.shape[-1] - count), dim=-1).indices
         order = candidates.positions.gather(-1, marginal).argsort(dim=-1)
-        return critical, marginal.gather(-1, order), tail_start
+        return Plan(critical, marginal.gather(-1, order), tail_start)
 
 
 @dataclass(kw_only=True)
@@ -297,14 +313,32 @@ class Oracle(Policy):
         return evidence.saliency[index].unsqueeze(0).gather(-1, candidates.positions)
 
 
-SELECTIONS = ("block",)
+SELECTIONS = ("block", "query")
+
+
+def union_of(sets: list[Tensor], num_candidates: int) -> tuple[Tensor, Tensor]:
+    """The union of the queries' sets and who reads what of it.
+
+    sets: per query, distinct indices (1, H_kv, c). Returns the union (1, H_kv, u), sorted, and a mask (1, H_kv, q, u);
+    u is the largest union of the heads, the others repeat their first index in front, masked for every query.
+    """
+    batch, heads, _ = sets[0].shape
+    member = torch.zeros(batch, heads, len(sets), num_candidates, dtype=torch.bool, device=sets[0].device)
+    member.scatter_(3, torch.stack(sets, dim=2), True)
+    anyone, index = member.any(dim=2), torch.arange(num_candidates, device=member.device)
+    size = int(anyone.sum(dim=-1).max())
+    chosen = torch.where(anyone, index, -1).sort(dim=-1).values[..., num_candidates - size :]
+    union = chosen.maximum(anyone.int().argmax(dim=-1, keepdim=True))
+    mask = member.gather(3, union.unsqueeze(2).expand(-1, -1, len(sets), -1))
+    return union, mask & (chosen >= 0).unsqueeze(2)
 
 
 @dataclass(kw_only=True)
 class Lookahead(DraftPolicy):
     """SpecSmallKV: before each verify pass, recall what the draft's rows for those very tokens ask for.
 
-    selection: "block", one set per verify block, exactly within the budget.
+    selection: "block", one set per verify block, exactly within the budget; "query", one set within the budget for
+    each query, from its own row alone, so that what a query reads does not depend on blocks; their union is held.
     """
 
     residency: str = "offload"
@@ -314,3 +348,13 @@ class Lookahead(DraftPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("selection", SELECTIONS)
+
+    def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
+        choose = super().plan
+        if self.selection == "block":
+            return choose(index, layer, evidence, evicted_at)
+        assert evidence.saliency is not None, "saliency is filled before planning"
+        rows = evidence.saliency.unbind(dim=2)
+        plans = [choose(index, layer, replace(evidence, saliency=row), evicted_at) for row in rows]
+        union, row_mask = union_of([plan.critical for plan in plans], plans[0].tail_start)
+        return plans[0]._replace(critical=union, row_mask=row_mask)

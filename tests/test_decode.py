@@ -57,6 +57,50 @@ def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, 
         assert sequence.target.layers[0].num_kept > 0, "and something was evicted"
 
 
+QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_speculation_changes_no_token_if_each_query_has_its_own_set(seed, budget):
+    """Invariant 2, greedy, for specsmallkv with selection=query; another pair and prompt for each seed."""
+    target = tiny_model(seed=seed)
+    draft = tiny_model(layers=2, seed=seed)
+    draft.load_state_dict({k: v for k, v in target.state_dict().items() if k in draft.state_dict()})
+    prompt = torch.randint(1, VOCAB, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for length in (5, 150):
+        plain, _ = decode(target, draft, load_policy("specsmallkv", kv_budget=budget, **QUERY), 0, prompt[:length])
+        for num_draft_tokens in (3, 6):
+            policy = load_policy("specsmallkv", kv_budget=budget, **QUERY)
+            speculated, sequence = decode(target, draft, policy, num_draft_tokens, prompt[:length])
+            assert plain == speculated
+            assert 0 < sequence.counters.accepted < sequence.counters.drafted, "some drafts pass, some do not"
+            assert sequence.target.layers[0].num_kept > 0, "and something was evicted"
+    assert sequence.target.recall_bytes > 0, "and recalled"
+
+
+def test_each_query_reads_exactly_the_budget_and_the_union_is_what_is_held(target, draft, prompt):
+    """Invariant 5 for selection=query: sets hold the budget each, bytes are those of the union."""
+    policy = load_policy("specsmallkv", kv_budget=0.3, **QUERY)
+    decoder, unions = Decoder(target, draft, policy, 3), []
+    for index, (round_, sequence) in enumerate(decoder.generate(prompt, NEW)):
+        if index == 0:
+            continue
+        before = sequence.target.seen - len(round_.tokens)
+        count = policy.tiers(max(len(prompt), before - before % 16)).critical - 8
+        for layer in sequence.target.layers:
+            assert layer.row_mask.shape[2] == round_.num_drafted + 1
+            assert (layer.row_mask.sum(-1) == count).all() and (layer.kept_positions[..., :4] < 4).all()
+            read = layer.row_mask.any(2)
+            assert read.sum(-1).max() == layer.num_kept, "heads are padded to the largest union only"
+            assert (layer.kept_positions.diff(dim=-1) > 0)[read[..., 1:] & read[..., :-1]].all()
+            unions.append(layer.num_kept / count)
+        held = [layer.kept_positions.numel() + 2 * (layer.seen - layer.tail_start) for layer in sequence.target.layers]
+        assert sequence.target.nbytes == sum(held) * 2 * 8 * 4, "K and V of 8 float32 numbers in 2 heads"
+    assert 1.05 < max(unions) < 4
+
+
 def step(decoder, sequence, forced):
     """One round by hand: every draft rejected, `forced` emitted; the verify pass's logits."""
     drafts, _ = decoder.draft(sequence, torch.Generator())
@@ -89,12 +133,19 @@ def exact_pairs(decoder, prompt, vocab, warp):
     return pairs
 
 
-@pytest.mark.parametrize("name, budget", [("full", 1.0), ("smallkv", 0.4)])
-def test_sampling_with_speculation_keeps_the_distribution(name, budget, prompt):
+@pytest.mark.parametrize(
+    "name, budget, options",
+    [
+        ("full", 1.0, {}),
+        ("smallkv", 0.4, {"window_size": 4}),
+        ("specsmallkv", 0.4, {"window_size": 2, "num_sink_tokens": 1, "selection": "query"}),
+    ],
+)
+def test_sampling_with_speculation_keeps_the_distribution(name, budget, options, prompt):
     """Invariant 2, temperature > 0: sampled pairs of tokens against exact enumeration without speculation."""
     target, draft = tiny_model(layers=2, vocab=6, seed=7), tiny_model(layers=1, vocab=6, seed=8)
     prompt, sampler, runs = [token % 6 for token in prompt[:12]], Sampler(0.8, top_k=4), 2000
-    settings = {"window_size": 4, "evict_block": 4, "matching": "one_hot"} if budget < 1 else {}
+    settings = {"evict_block": 4, "matching": "one_hot"} | options if budget < 1 else {}
     policy = load_policy(name, kv_budget=budget, **settings)
     exact = exact_pairs(Decoder(target, draft, policy, 0), prompt, 6, sampler.probabilities)
     decoder, counts, generator = (
@@ -114,6 +165,31 @@ def test_sampling_with_speculation_keeps_the_distribution(name, budget, prompt):
     assert distance < 1.6 * expected_noise, f"total variation {distance:.3f}, sampling noise {expected_noise:.3f}"
 
 
+def test_rollback_is_exact_in_full_if_each_query_has_its_own_set(target, draft, prompt):
+    """Invariant 4 for selection=query: K and V of every token, host store included, and the oracle's sums.
+
+    Which of them lie on the device follows the rejected rows too: that is what the next round may recall less of.
+    """
+    policy = load_policy("specsmallkv", kv_budget=0.4, **QUERY)
+    states = []
+    for wrong in (0, 3):
+        decoder = Decoder(target, draft, policy, wrong)
+        with torch.inference_mode():
+            sequence, _ = begin(decoder, prompt, 5)
+            for token in range(1, 40):
+                step(decoder, sequence, token)
+        states.append(sequence)
+    plain, rolled = states
+    assert plain.evicted_at == rolled.evicted_at == 176 and plain.target.seen == rolled.target.seen
+    for a, b in zip(plain.target.layers, rolled.target.layers, strict=True):
+        assert a.tail_start == b.tail_start
+        torch.testing.assert_close(a.everything(), b.everything(), atol=1e-4, rtol=1e-4)
+    assert plain.draft.seen == rolled.draft.seen
+    one, two = plain.evidence.oracle, rolled.evidence.oracle
+    assert torch.equal(one._sum[:, :180], two._sum[:, :180]) and one._count == two._count
+    assert torch.equal(one.head_map.weights, two.head_map.weights)
+
+
 @pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
 def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, draft, prompt, name):
     """Invariant 4: after a verify pass whose drafts are all wrong, contents and sums equal those of plain decoding."""
@@ -131,7 +207,8 @@ def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, dr
     for a, b in zip(plain.target.layers, rolled.target.layers, strict=True):
         if name == "specsmallkv" and a is not plain.target.layers[0]:
             continue  # the set it reads follows the rejected drafts' rows too; keys of the first layer do not
-        tail = 32 if name == "specsmallkv" else a.num_slots
+        assert a.tail_start == b.tail_start
+        tail = a.seen - a.tail_start if name == "specsmallkv" else a.num_slots
         assert torch.equal(a.positions[..., -tail:], b.positions[..., -tail:])
         torch.testing.assert_close(a.keys[:, :, -tail:], b.keys[:, :, -tail:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.values[:, :, -tail:], b.values[:, :, -tail:], atol=1e-4, rtol=1e-4)
@@ -171,9 +248,58 @@ def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, 
     assert all(layer["critical"] < most for layer in kept), "compression fired in every layer"
 
 
-@pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv"])
-def test_the_reference_backend_gives_the_same_tokens_as_sdpa(target, draft, prompt, name):
-    policy = load_policy(name) if name == "full" else load_policy(name, kv_budget=0.3)
+def bytes_in_forced_rounds(decoder, prompt, rounds):
+    """Target bytes in each verify pass; every draft is rejected, so that all policies see the same lengths."""
+    seen = []
+    with torch.inference_mode():
+        sequence, _ = begin(decoder, prompt, 5)
+        sequence.counters.see = lambda cache: seen.append(cache.nbytes)
+        for token in range(1, rounds + 1):
+            step(decoder, sequence, token)
+    return seen
+
+
+@pytest.mark.parametrize("length", [20, 150])
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_static_and_lookahead_policies_hold_equal_bytes_in_every_pass(target, draft, prompt, length, num_draft_tokens):
+    """Invariant 5: policies are compared at equal resident bytes; the prompts are evicted early and late."""
+    settings = {"kv_budget": 0.3, "evict_block": 16, "window_size": 8}
+    seen = [
+        bytes_in_forced_rounds(
+            Decoder(target, draft, load_policy(name, **settings), num_draft_tokens), prompt[:length], 50
+        )
+        for name in ("snapkv", "specsmallkv", "oracle")
+    ]
+    assert seen[0] == seen[1] == seen[2]
+    assert sum(after < before for before, after in itertools.pairwise(seen[0])) >= 3, "and evictions happened"
+
+
+@pytest.mark.parametrize("name", ["specsmallkv", "oracle"])
+def test_tokens_leave_the_window_of_a_lookahead_policy_in_blocks_only(target, draft, prompt, name):
+    policy = load_policy(name, kv_budget=0.3, evict_block=16, window_size=8)
+    decoder = Decoder(target, draft, policy, 4)
+    for index, (round_, sequence) in enumerate(decoder.generate(prompt, NEW)):
+        if index == 0:
+            continue
+        seen, layer = sequence.target.seen, sequence.target.layers[0]
+        before = seen - len(round_.tokens)  # the block was planned at this committed length
+        event = max(len(prompt), before - before % 16)
+        assert layer.tail_start == event - 8 and layer.num_kept == policy.tiers(event).critical - 8
+        assert before // 16 == (seen - 1) // 16 and before + round_.num_drafted + 1 <= before - before % 16 + 16
+    assert seen > len(prompt) + 48
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("full", {}),
+        ("smallkv", {"kv_budget": 0.3}),
+        ("specsmallkv", {"kv_budget": 0.3}),
+        ("specsmallkv", {"kv_budget": 0.3, "selection": "query"}),
+    ],
+)
+def test_the_reference_backend_gives_the_same_tokens_as_sdpa(target, draft, prompt, name, options):
+    policy = load_policy(name, **options)
     outputs = [decode(target, draft, policy, 3, prompt, attention=backend)[0] for backend in ("sdpa", "reference")]
     assert outputs[0] == outputs[1]
 

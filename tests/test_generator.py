@@ -101,6 +101,10 @@ def test_a_generation_that_never_began_has_null_figures(spec):
             "beside a policy",
         ),
         (lambda spec: SpecSmallKV(spec.pair, spec.policy, attention="flash"), "needs a CUDA device"),
+        (
+            lambda spec: SpecSmallKV(spec.pair, load_policy("specsmallkv", selection="query"), attention="flash"),
+            "flash takes no mask, which policy.selection=query needs",
+        ),
     ],
 )
 def test_misuse_is_one_sentence_with_its_value(spec, call, problem):

@@ -6,7 +6,7 @@ everything is compared on the same positions. Static policies do not depend on w
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class FidelityTask:
     """text_file, offset (characters), context_tokens, eval_tokens; rows: drafted or gold.
 
     policies: preset names, each at every one of kv_budgets; policy.num_sink_tokens, window_size and evict_block apply
-    to all of them, policy.kv_budget to none.
+    to all of them, policy.kv_budget to none, the other fields to the one that `policy` names.
     """
 
     name: str
@@ -134,7 +134,11 @@ class FidelityTask:
         if not (self.policies and self.kv_budgets):
             raise UserError("task.policies or task.kv_budgets is empty; name at least one of each.")
         shared = {key: getattr(chosen, key) for key in SHARED_FIELDS}
-        return [load_policy(name, kv_budget=b, **shared) for name in self.policies for b in self.kv_budgets]
+        return [
+            replace(chosen, kv_budget=b) if name == chosen.name else load_policy(name, kv_budget=b, **shared)
+            for name in self.policies
+            for b in self.kv_budgets
+        ]
 
     def _tokens(self, spec: SpecSmallKV) -> list[int]:
         needed = self.context_tokens + self.eval_tokens + 1
