@@ -42,6 +42,15 @@ def select(source: Tensor, index: Tensor) -> Tensor:
     return flat.index_select(0, (index + offset).flatten()).view(batch, heads, index.shape[2], dim)
 
 
+def enlarged(source: Tensor, slots: int, used: int) -> Tensor:
+    """(B, H_kv, slots, D) with the first `used` slots of `source`, or `source` itself if it is large enough."""
+    if source.shape[2] >= slots:
+        return source
+    larger = source.new_empty(*source.shape[:2], slots, source.shape[3])
+    larger[:, :, :used] = source[:, :, :used]
+    return larger
+
+
 class TieredLayer(CacheLayerMixin):
     """One layer's KV cache.
 
@@ -256,6 +265,21 @@ class TieredLayer(CacheLayerMixin):
             batch, heads, _, dim = self.k.shape
             self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (self.k, self.v))
 
+    def grow(self, capacity: int, resident_capacity: int | None = None) -> None:
+        """Room for `capacity` tokens, `resident_capacity` of them resident; contents stay, nothing ever shrinks."""
+        shrunk = self.k.shape[2] < self.capacity
+        self.capacity = max(self.capacity, capacity)
+        if self.resident_capacity is not None:
+            self.resident_capacity = max(self.resident_capacity, resident_capacity or 0)
+        if not self.is_initialized:
+            return
+        slots = self.resident_capacity if shrunk and self.resident_capacity else self.capacity
+        self.k, self.v = (enlarged(x, slots, self.num_slots) for x in (self.k, self.v))
+        if self.store_k.numel():
+            self.store_k, self.store_v = (
+                enlarged(x, self.capacity, self.tail_start) for x in (self.store_k, self.store_v)
+            )
+
     # --- bytes, counted from the tensors ------------------------------------------------------------------------
 
     @property
@@ -305,6 +329,17 @@ class TieredCache(Cache):
         """Drop the last n tokens from every layer."""
         for layer in self.layers:
             layer.rollback(n)
+
+    def grow(self, capacity: int, resident_capacity: list[int] | None = None) -> None:
+        """Room for a longer sequence in every layer, e.g. for another turn."""
+        for layer, slots in zip(self.layers, resident_capacity or [capacity] * len(self.layers), strict=True):
+            layer.grow(capacity, slots)
+
+    def copy_to(self, other: "TieredCache") -> None:
+        """Append what this cache, from which nothing was evicted, holds to another one."""
+        for old, new in zip(self.layers, other.layers, strict=True):
+            assert not old.num_kept, "an evicted entry cannot be copied"
+            new.update(old.keys, old.values)
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,8 @@ from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
 
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
+TURN_CHUNK = 32  # the same for known tokens that static policies read; bounds the draft's rows
+TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each would cost as much as decoding them
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Sequence:
     draft: TieredCache | None
     evidence: Evidence
     evicted_at: int  # committed length of the last eviction event; the prompt's at first
-    observed: bool = False  # the observation window has been read
+    settled: bool = False  # the draft has read the prompt and static policies have compressed it
     counters: Counters = field(default_factory=Counters)
 
 
@@ -107,20 +109,41 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: list[int], max_new_tokens: int, stop_ids: set[int] | None = None, seed: int = 0
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        stop_ids: set[int] | None = None,
+        seed: int = 0,
+        compress_after: int | None = None,
+        continues: Sequence | None = None,
     ) -> Iterator[tuple[Round, Sequence]]:
-        """Yields rounds until `max_new_tokens` or a stop id; the first round is the prefill's token."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        sequence = self.start(prompt, max_new_tokens)
-        first, _ = propose(self.prefill(sequence), self.sampler, generator)
+        """Yields rounds until `max_new_tokens` or a stop id; the first round is the prompt's next token.
+
+        compress_after: only so many tokens are the prompt that is compressed; the others arrive as a later turn.
+        continues: a sequence that the prompt begins with, its last token perhaps excepted; its caches are taken over.
+        """
+        if continues is not None:
+            sequence = self.resume(continues, prompt, max_new_tokens)
+            logits = self.extend(sequence, prompt[sequence.target.seen :])
+        else:
+            sequence = self.start(prompt, max_new_tokens)
+            sequence.tokens, turn = prompt[:compress_after], prompt[compress_after:] if compress_after else []
+            logits = self.prefill(sequence)
+            logits = self.extend(sequence, turn) if turn else logits
+        yield from self.decode(sequence, logits, stop_ids, seed)
+
+    @torch.inference_mode()
+    def decode(
+        self, sequence: Sequence, logits: Tensor, stop_ids: set[int] | None = None, seed: int = 0
+    ) -> Iterator[tuple[Round, Sequence]]:
+        """Rounds from the logits (V,) of the last known token on."""
+        generator, stop_ids = torch.Generator(self.device).manual_seed(seed), stop_ids or set()
+        first, _ = propose(logits, self.sampler, generator)
         sequence.tokens.append(first)
         yield Round([first]), sequence
-        if len(sequence.tokens) < sequence.limit and first not in (stop_ids or ()):
-            with sequence.counters.timed("prefill_draft"):
-                self.prefill_draft(sequence)
-                self.evict(sequence, after_prefill=True)
-        while len(sequence.tokens) < sequence.limit and sequence.tokens[-1] not in (stop_ids or ()):
-            yield self.round(sequence, generator, stop_ids or set()), sequence
+        while len(sequence.tokens) < sequence.limit and sequence.tokens[-1] not in stop_ids:
+            self.settle(sequence)
+            yield self.round(sequence, generator, stop_ids), sequence
 
     def round(self, sequence: Sequence, generator: torch.Generator, stop_ids: set[int]) -> Round:
         """One verify pass with everything around it."""
@@ -145,16 +168,44 @@ class Decoder:
     def start(self, prompt: list[int], max_new_tokens: int) -> Sequence:
         """Caches and scratch for one sequence."""
         limit, num_layers = len(prompt) + max_new_tokens, self.target.config.num_hidden_layers
-        room = min(self.num_draft_tokens, max_new_tokens) + 1
-        critical = [self.policy.tiers(limit, index, num_layers).critical for index in range(num_layers)]
-        resident = [min(count + self.policy.evict_block, limit) + room for count in critical]
-        target = TieredCache(
-            num_layers, limit + room, resident if self.policy.evicts else None, residency=self.policy.residency
-        )
+        room, resident = self._room(limit, max_new_tokens)
+        target = TieredCache(num_layers, limit + room, resident, residency=self.policy.residency)
         draft = TieredCache(self.draft_model.config.num_hidden_layers, limit + room) if self.draft_model else None
         evidence = Evidence(attention_scaling(self.target), num_layers, oracle=self._oracle(room, limit + room))
         evidence.mass = AttentionMass(limit + room) if self.policy.reads_mass else None
         return Sequence(list(prompt), limit, target, draft, evidence, evicted_at=len(prompt))
+
+    def resume(self, sequence: Sequence, prompt: list[int], max_new_tokens: int) -> Sequence:
+        """A sequence at rest, with room for a longer prompt that begins with its tokens; counters start anew."""
+        limit = len(prompt) + max_new_tokens
+        room, resident = self._room(limit, max_new_tokens)
+        sequence.target.grow(limit + room, resident)
+        if sequence.draft is not None:
+            sequence.draft.grow(limit + room)
+        if sequence.evidence.oracle is not None:
+            sequence.evidence.oracle.grow(self._rows(room, sequence.target.layers[0].capacity))
+        for layer in sequence.target.layers:
+            layer.recall_bytes = 0
+        sequence.tokens = sequence.tokens[: sequence.target.seen]
+        sequence.limit, sequence.counters = limit, Counters()
+        return sequence
+
+    def branch(self, base: Sequence) -> Sequence:
+        """Another sequence after the prompt that `base` has read, compressed by this decoder's policy.
+
+        The target's cache is a copy; the draft's cache, its rows and the fit are the base's own. The draft's cache
+        must be rolled back to the prompt before another branch uses it.
+        """
+        sequence = self.start(base.tokens, base.limit - len(base.tokens))
+        base.target.copy_to(sequence.target)
+        own, oracle = sequence.evidence.oracle, base.evidence.oracle
+        sequence.evidence = base.evidence.fork(self.policy.reads_mass)
+        if own is not None and oracle is not None and oracle.head_map is not None:
+            own = oracle.share(self.policy.matching)
+        sequence.evidence.oracle = own
+        sequence.draft, sequence.settled = base.draft if self.draft_model else None, True
+        self.evict(sequence, after_prefill=True)
+        return sequence
 
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
@@ -171,6 +222,62 @@ class Decoder:
             self._feed(self.draft_model, sequence.draft, committed[: len(committed) - window])
             if window:
                 self.observe_draft(sequence, committed[-window:])
+
+    def settle(self, sequence: Sequence) -> None:
+        """Once a sequence, before anything follows its prompt: the draft reads it, static policies compress it."""
+        if not sequence.settled:
+            with sequence.counters.timed("prefill_draft"):
+                self.prefill_draft(sequence)
+                self.evict(sequence, after_prefill=True)
+            sequence.settled = True
+
+    def extend(self, sequence: Sequence, tokens: list[int]) -> Tensor:
+        """Read further known tokens, at least one, through the compressed cache: logits (V,) of the last one.
+
+        A block of known tokens is a verify pass that accepts everything: the draft reads it first and its rows steer
+        the target. Static policies evict at the same lengths, so for them the cuts between blocks change nothing.
+        """
+        self.settle(sequence)
+        with sequence.counters.timed("extend"):
+            if not self.policy.evicts:
+                return self._extend_full(sequence, tokens)
+            oracle = sequence.evidence.oracle
+            own = oracle.block if oracle else None
+            if oracle:  # rows of a turn are scratch for that turn alone
+                oracle.block = self._rows(self._turn_limit, len(sequence.tokens) + len(tokens))
+            while tokens:
+                count = self._turn_size(sequence)
+                logits = self._extend_block(sequence, tokens[:count])
+                tokens = tokens[count:]
+            if oracle and own:
+                oracle.block = own
+        return logits
+
+    def _extend_full(self, sequence: Sequence, tokens: list[int]) -> Tensor:
+        sequence.tokens += tokens
+        if sequence.draft is not None and self.draft_model is not None:
+            self._feed(self.draft_model, sequence.draft, sequence.tokens[sequence.draft.seen :])
+        return self._feed(self.target, sequence.target, tokens)
+
+    def _extend_block(self, sequence: Sequence, block: list[int]) -> Tensor:
+        """One round whose drafts are known to be right; logits (V,) of its last token."""
+        sequence.tokens.append(block[0])
+        self.read(sequence, block[1:])
+        self.plan(sequence, block[1:])
+        logits = self.verify(sequence, block[1:])[-1]
+        sequence.tokens += block[1:]
+        self.rollback(sequence, 0)
+        self.evict(sequence)
+        return logits
+
+    def read(self, sequence: Sequence, following: list[int]) -> None:
+        """What `draft` does, for known tokens: the draft reads the last token and those that follow it."""
+        if sequence.draft is not None:
+            oracle = sequence.evidence.oracle
+            if oracle is not None:
+                oracle.block.start(sequence.target.seen, len(following) + 1)
+            call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
+            self.forward(self.draft_model, sequence.draft, sequence.tokens[sequence.draft.seen :] + following, call)
 
     def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
@@ -301,6 +408,26 @@ class Decoder:
             self.observe_draft(sequence, window)
 
     # --- helpers ---------------------------------------------------------------------------------------------------
+
+    def _room(self, limit: int, max_new_tokens: int) -> tuple[int, list[int] | None]:
+        """Tokens of one verify block, and each layer's resident slots once the cache is compressed (None: never)."""
+        room = min(self.num_draft_tokens, max_new_tokens) + 1
+        if not self.policy.evicts:
+            return room, None
+        waiting = max(self.policy.evict_block + room, self._turn_limit)
+        num_layers = self.target.config.num_hidden_layers
+        critical = [self.policy.tiers(limit, index, num_layers).critical for index in range(num_layers)]
+        return room, [min(count, limit) + waiting for count in critical]
+
+    @property
+    def _turn_limit(self) -> int:
+        """Most known tokens in one pass: as many as share one set, or for static policies a chunk."""
+        lookahead = max(self.num_draft_tokens + 1, TURN_BLOCK)
+        return lookahead if self.policy.every_round else min(TURN_CHUNK, self.policy.evict_block)
+
+    def _turn_size(self, sequence: Sequence) -> int:
+        """A pass over known tokens reads no further than the next eviction event."""
+        return min(self._turn_limit, self.policy.evict_block - sequence.target.seen % self.policy.evict_block)
 
     def _num_drafts(self, sequence: Sequence) -> int:
         """Drafts are cut at the token limit and at the next eviction event (a verify pass must not see past it)."""

@@ -27,6 +27,7 @@ from .prompts import Messages
 from .sampling import Sampler
 from .streaming import TextStream
 
+NEW, RUNNING, AT_REST, HANDED_OVER = "new", "running", "at rest", "handed over"  # states of a generation
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # `sampling.py` does what they do
 MEMORY_FIGURES = (
     "rounds",
@@ -51,7 +52,10 @@ MEMORY_FIGURES = (
 
 @dataclass
 class GenerationSettings:
-    """How one text is generated. stop: strings that end it, not part of it; chat: None is "if there is a template"."""
+    """How one text is generated. stop: strings that end it, not part of it; chat: None is "if there is a template".
+
+    compress_after: so many prompt tokens are compressed before the rest is read, as if it came in a later turn.
+    """
 
     max_new_tokens: int = 128
     sampler: Sampler = field(default_factory=Sampler)
@@ -59,17 +63,31 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     chat: bool | None = None
     ignore_eos: bool = False
+    compress_after: int | None = None
 
 
 class Generation:
-    """One text in the making: iterate for its pieces; `text` and `figures()` hold what there is at any time."""
+    """One text in the making: iterate for its pieces; `text` and `figures()` hold what there is at any time.
 
-    def __init__(self, spec: "SpecSmallKV", prompt_ids: list[int], settings: GenerationSettings):
-        self._spec, self.prompt_ids, self._settings = spec, prompt_ids, settings
+    reused_tokens: how many prompt tokens the caches of the generation that this one continues had read.
+    """
+
+    def __init__(
+        self,
+        spec: "SpecSmallKV",
+        prompt_ids: list[int],
+        settings: GenerationSettings,
+        continues: Sequence | None = None,
+    ):
+        self.spec, self.prompt_ids, self._settings = spec, prompt_ids, settings
         self._stream = TextStream(spec.pair.tokenizer, settings.stop)
         self.token_ids: list[int] = []
         self.seconds = self.ttft_seconds = 0.0
         self.sequence: Sequence | None = None
+        self._continued = continues
+        self.reused_tokens = continues.target.seen if continues else 0
+        self._state = NEW
+        self._memory: dict[str, Any] | None = None  # once the caches went to the next turn
 
     @property
     def text(self) -> str:
@@ -87,12 +105,43 @@ class Generation:
         yield self._stream.finish()
 
     def _rounds(self) -> Iterator[Round]:
-        spec, settings = self._spec, self._settings
+        spec, settings = self.spec, self._settings
+        if self.reused_tokens and self._state != NEW:
+            raise UserError("A generation that continues another runs once, since it changes the caches it was given.")
+        self._state, continued, self._continued = RUNNING, self._continued, None
         stop_ids: set[int] = set() if settings.ignore_eos else spec.pair.eos_token_ids
-        decoder = spec.decoder(settings.sampler)
-        for round_, sequence in decoder.generate(self.prompt_ids, settings.max_new_tokens, stop_ids, settings.seed):
-            self.sequence = sequence
+        rounds = spec.decoder(settings.sampler).generate(
+            self.prompt_ids, settings.max_new_tokens, stop_ids, settings.seed, settings.compress_after, continued
+        )
+        for round_, self.sequence in rounds:
+            self._state = AT_REST
             yield round_
+            if self._state == HANDED_OVER:
+                return
+            self._state = RUNNING
+        self._state = AT_REST
+
+    def check_continuation(self, ids: list[int]) -> None:
+        """Raise a UserError unless a prompt `ids` may take over the caches of this generation."""
+        if self._state != AT_REST or self.sequence is None:
+            reason = {NEW: "has not run", HANDED_OVER: "was continued already"}.get(self._state, "was interrupted")
+            raise UserError(f"The generation to continue {reason}, so it has no caches to give; leave continues out.")
+        held = self.sequence.tokens[: self.sequence.target.seen]
+        same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
+        if same < len(held) or len(ids) == len(held):
+            there, here = (self.spec.pair.tokenizer.decode(x[same : same + 8]) for x in (held, ids))
+            raise UserError(
+                f"The prompt does not go on from the generation to continue: after {same} equal tokens it has "
+                f"{here!r} where the caches hold {there!r}; leave continues out, or give token ids that begin with "
+                "prompt_ids + token_ids."
+            )
+
+    def hand_over(self) -> Sequence:
+        """The caches, for the next turn; the figures stay as they are."""
+        assert self.sequence is not None, "check_continuation comes first"
+        self._memory, sequence = memory_figures(self.sequence), self.sequence
+        self.sequence, self._state = None, HANDED_OVER
+        return sequence
 
     def _push(self, token: int) -> str:
         self.token_ids.append(token)
@@ -110,9 +159,9 @@ class Generation:
             "ttft_seconds": self.ttft_seconds,
             "tokens_per_second": count / max(self.seconds, 1e-9),
             "decode_tokens_per_second": (count - 1) / decoding if count > 1 else None,
-            "peak_memory_bytes": peak_memory_bytes(self._spec.pair.target.device),
+            "peak_memory_bytes": peak_memory_bytes(self.spec.pair.target.device),
         }
-        return figures | memory_figures(self.sequence)
+        return figures | (self._memory or memory_figures(self.sequence))
 
 
 def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
@@ -202,35 +251,70 @@ class SpecSmallKV:
     def decoder(self, sampler: Sampler) -> Decoder:
         return Decoder(self.pair.target, self.pair.draft, self.policy, self.num_draft_tokens, sampler, self.attention)
 
-    def encode(self, prompt: str | Messages, chat: bool | None = None) -> list[int]:
-        """Prompt ids; a string becomes one user message unless `chat` is false or there is no template."""
+    def encode(
+        self, prompt: str | Messages, chat: bool | None = None, beginning: list[int] | None = None
+    ) -> list[int]:
+        """Prompt ids; a string becomes one user message unless `chat` is false or there is no template.
+
+        beginning: ids that are kept as they are if the text begins with theirs, since models do not always split
+        their own words as the tokenizer does.
+        """
+        text, add_special_tokens = self.render(prompt, chat)
+        tokenizer = self.pair.tokenizer
+        said = tokenizer.decode(beginning, clean_up_tokenization_spaces=False) if beginning else ""
+        if beginning and text.startswith(said):
+            return beginning + tokenizer(text[len(said) :], add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def render(self, prompt: str | Messages, chat: bool | None = None) -> tuple[str, bool]:
+        """The text that is tokenised, and whether the tokenizer adds its special tokens to it."""
         tokenizer = self.pair.tokenizer
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if not has_template and (chat or not isinstance(prompt, str)):
             raise UserError(
                 f"{self.pair.target_origin} model has no chat template; give a plain prompt and chat=false."
             )
-        if not has_template or chat is False:
-            return tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str) and (not has_template or chat is False):
+            return prompt, True
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
 
-    def stream(self, prompt: str | Messages | list[int], **settings: Any) -> Generation:
+    def stream(
+        self, prompt: str | Messages | list[int], continues: Generation | None = None, **settings: Any
+    ) -> Generation:
         """A `Generation` to iterate over. prompt: text, chat messages or token ids; settings as GenerationSettings,
-        with temperature, top_p and top_k accepted directly."""
+        with temperature, top_p and top_k accepted directly.
+
+        continues: an earlier generation that the prompt (the whole conversation) begins with. Its caches are taken
+        over, so that only what is new is read; it cannot be continued twice. Raises UserError if the prompt differs.
+        """
         sampling = {key: settings.pop(key) for key in ("temperature", "top_p", "top_k") if key in settings}
         if sampling:
             settings["sampler"] = Sampler(**sampling)
         chosen = GenerationSettings(**settings)
+        said = continues.sequence.tokens if continues and continues.sequence else None
         is_ids = isinstance(prompt, list) and all(isinstance(x, int) for x in prompt)
-        ids = prompt if is_ids else self.encode(prompt, chosen.chat)  # type: ignore[arg-type]
-        self.check_length(ids, chosen.max_new_tokens)  # type: ignore[arg-type]
-        return Generation(self, ids, chosen)  # type: ignore[arg-type]
+        ids: list[int] = prompt if is_ids else self.encode(prompt, chosen.chat, said)  # type: ignore
+        self.check_length(ids, chosen.max_new_tokens)
+        self._check_turns(ids, chosen.compress_after, continues)
+        return Generation(self, ids, chosen, continues.hand_over() if continues else None)
 
-    def generate(self, prompt: str | Messages | list[int], **settings: Any) -> Generation:
-        """The finished `Generation`."""
-        generation = self.stream(prompt, **settings)
+    def _check_turns(self, ids: list[int], compress_after: int | None, continues: Generation | None) -> None:
+        if compress_after is not None and not 1 <= compress_after <= len(ids):
+            raise UserError(f"compress_after={compress_after} is not within the prompt; give 1 to {len(ids)} tokens.")
+        if continues is None:
+            return
+        if compress_after is not None:
+            raise UserError(f"compress_after={compress_after} and continues are given together; keep one of them.")
+        if continues.spec is not self:
+            raise UserError("The generation to continue is another generator's; call stream on that one.")
+        continues.check_continuation(ids)
+
+    def generate(
+        self, prompt: str | Messages | list[int], continues: Generation | None = None, **settings: Any
+    ) -> Generation:
+        """The finished `Generation`; arguments as for `stream`."""
+        generation = self.stream(prompt, continues, **settings)
         for _ in generation:
             pass
         return generation

@@ -57,6 +57,12 @@ class AttentionOracle:
         other._count = self._count
         return other
 
+    def grow(self, block: AttentionRows) -> None:
+        """Another, larger block buffer for a longer sequence; map and interval stay."""
+        longer = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
+        longer[:, : self._sum.shape[1]] = self._sum
+        self.block, self._sum = block, longer
+
     def commit(self, num_rows: int) -> None:
         """Add the block's first `num_rows` rows, whose queries were accepted; one by one, so order never matters."""
         for row in self.block.values[:, :num_rows].unbind(1):

@@ -225,28 +225,17 @@ def prefill_once(
     first = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
     reference = TieredCache(len(sequence.target.layers), len(text))
-    copy_cache(sequence.target, reference)
+    sequence.target.copy_to(reference)
     call = AttentionCall(spec.attention, num_queries=len(text) - context)
     rest = decoder.forward(decoder.target, reference, text[context:], call, len(text) - context)
     return Base(decoder, sequence), Reference(context, torch.cat((first[None], rest)), call.queries, reference)
 
 
-def copy_cache(source: TieredCache, destination: TieredCache) -> None:
-    for old, new in zip(source.layers, destination.layers, strict=True):
-        new.update(old.keys, old.values)
-
-
 def open_trial(spec: SpecSmallKV, policy: Policy, base: Base) -> Trial:
     """A trial with its own copy of the prompt's cache; the draft's rows and the fit are the base's."""
     decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
-    shared = base.sequence
-    sequence = decoder.start(shared.tokens, shared.limit - len(shared.tokens))
-    copy_cache(shared.target, sequence.target)
-    evidence = shared.evidence.fork(policy.reads_mass)
-    if policy.reads_draft and shared.evidence.oracle is not None:
-        evidence.oracle = shared.evidence.oracle.share(policy.matching)
-    sequence.evidence, sequence.draft = evidence, None
-    decoder.evict(sequence, after_prefill=True)
+    sequence = decoder.branch(base.sequence)
+    sequence.draft = None  # the base drafts for all
     return Trial(policy, decoder, sequence)
 
 
