@@ -143,7 +143,15 @@ def reported(point: str | None) -> Iterator[None]:
         code = _report(error, point)
         if point is None:
             raise SystemExit(code) from None
+        _let_go(error)
         raise PointFailed(code) from None
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Hydra keeps a failed point's exception to the end of the sweep, and its frames would keep the models."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _report(error: Exception, point: str | None) -> int:

@@ -119,7 +119,7 @@ class Trainer:
         s = self.settings
         long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
         count, length = (1, s.step_tokens) if long else (s.batch_size, s.seq_len)
-        shares = torch.tensor([1 - s.answers_share, s.answers_share][-len(self.streams) :])
+        shares = torch.tensor([1 - s.answers_share, s.answers_share] if len(self.streams) == 2 else [1.0])
         choice = torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
         return torch.stack([self.streams[i].sequence(length, generator) for i in choice]).to(self.target.device)
 

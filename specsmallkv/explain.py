@@ -22,9 +22,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from .config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
 from .errors import UserError
+from .memory import is_out_of_memory, shortage
 
 TYPED_GROUPS = {"model": ModelConfig, "speculation": SpeculationConfig}
 PROPER_GROUPS = ("policy", "speculation", "task")  # they hold a choice: group=option, without a plus
+LESS_MEMORY = (
+    "lower max_new_tokens or policy.kv_budget, shorten the prompt, or use model.dtype=bfloat16 or a smaller model"
+)
 KINDS = {
     int: "a whole number",
     float: "a number",
@@ -47,6 +51,8 @@ def _sentence(error: BaseException) -> str | None:
             return unknown_key(str(cause.full_key))
         if isinstance(cause, ValidationError):
             return _wrong_type(cause, str(error))
+        if is_out_of_memory(cause):
+            return f"{shortage(cause)}; {LESS_MEMORY}"
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):

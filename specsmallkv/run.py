@@ -18,11 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from .cli import reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
-from .errors import UserError
 from .explain import refuse_unknown_keys
-from .policies import Policy
+from .memory import reset_peak_memory
 from .presets import build
-from .record import SCHEMA_VERSION, environment, write_record
+from .record import asked_for, complete, write_record
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
@@ -37,13 +36,19 @@ def execute(composed: DictConfig) -> dict[str, Any]:
     """One run: the task's record, completed with what every record holds, printed and written."""
     config, plain = to_objects(composed)
     task, config.policy = build(config.task, "task"), build(config.policy, "policy")
-    if not isinstance(config.policy, Policy):
-        raise UserError(f"policy._target_={plain['policy']['_target_']} makes no Policy; name a subclass of it.")
-    outcome = task.run(config)
-    record = {"schema_version": SCHEMA_VERSION, "task": plain["task"]["name"], **outcome}
-    record |= {"seed": config.seed, **environment(record.get("device", "cpu")), "config": plain}
+    record = complete(plain["task"].get("name"), run_task(task, config), config) | {"config": plain}
     write_record(record, str(config.run_dir))
     return record
+
+
+def run_task(task: Any, config: RunConfig) -> dict[str, Any]:
+    """What the task has to tell; a task that Ctrl-C ends without a word of its own is told for."""
+    settings = asked_for(config)
+    reset_peak_memory()
+    try:
+        return task.run(config)
+    except KeyboardInterrupt:
+        return settings | {"interrupted": True}
 
 
 def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:

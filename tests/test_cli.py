@@ -251,6 +251,39 @@ def test_flags_may_stand_anywhere():
         (["prompt=a", "prompt_file=b"], "prompt and prompt_file are given together; keep one of them."),
         (["report=true"], "report=true is not in this release; "),
         (["policy._target_=nowhere.Policy"], "_target_=nowhere.Policy cannot be imported"),
+        (
+            ["policy._target_=os.getcwd"],
+            "policy._target_=os.getcwd is a builtin_function_or_method, not a class; name a",
+        ),
+        (["policy._target_=specsmallkv.policies"], "policy._target_=specsmallkv.policies is a module, not a class; "),
+        (
+            ["policy._target_=specsmallkv.models.DRAFT_KEY"],
+            "policy._target_=specsmallkv.models.DRAFT_KEY is a str, not",
+        ),
+        (
+            ["policy._target_=pathlib.Path"],
+            "policy._target_=pathlib.Path is no policy; name a subclass of specsmallkv.Po",
+        ),
+        (["policy._target_=specsmallkv.Policy"], "policy._target_=specsmallkv.Policy leaves score undefined; "),
+        (["policy._target_=Policy"], "policy._target_=Policy names no class; give it as module.Class."),
+        (["policy._target_=null"], "policy._target_=None names no class; give it as module.Class."),
+        (["policy._target_=3"], "policy._target_=3 names no class; give it as module.Class."),
+        (["~policy._target_"], "policy._target_=None names no class; give it as module.Class."),
+        (["+policy._partial_=true"], "policy._partial_ is Hydra's own and has no use here; leave it out."),
+        (
+            ["task._target_=os.getcwd"],
+            "task._target_=os.getcwd is a builtin_function_or_method, not a class; name a cla",
+        ),
+        (["task._target_=json"], "task._target_=json names no class; give it as module.Class."),
+        (
+            ["task._target_=os.path"],
+            "task._target_=os.path is a module, not a class; name a class with a run(config) me",
+        ),
+        (
+            ["task._target_=pathlib.Path"],
+            "task._target_=pathlib.Path is no task; name a class with a run(config) method.",
+        ),
+        (["task._target_=nowhere.Task"], "_target_=nowhere.Task cannot be imported"),
         (["+policy.colour=red"], "colour is not a parameter of "),
         (["policy.kv_budget=0"], "policy.kv_budget=0"),
         (["task.fail=full"], "policy=full was told to fail; tell another."),
@@ -284,13 +317,17 @@ def test_a_bug_keeps_its_traceback_and_exits_1(run):
     assert "ZeroDivisionError: a bug" in err
 
 
-def test_ctrl_c_exits_130_with_and_without_a_record(run, tmp_path):
-    assert run("task.fail=ctrl-c")[0] == 130
-    assert records(tmp_path) == []
-    code, out, _ = run("+task.interrupted=true")
+@pytest.mark.parametrize("told", ["task.fail=ctrl-c", "+task.interrupted=true"])
+def test_ctrl_c_exits_130_with_a_record_whether_or_not_the_task_made_one(run, tmp_path, told):
+    code, out, _ = run(told)
     assert code == 130
     assert json.loads(out.splitlines()[-1])["interrupted"] is True
     assert len(records(tmp_path)) == 1
+
+
+def test_ctrl_c_ends_a_sweep(run, tmp_path):
+    code, _, _ = run("-m", "policy=full,snapkv", "task.fail=ctrl-c", policy=None)
+    assert (code, len(records(tmp_path))) == (130, 1)
 
 
 # The record
@@ -418,6 +455,7 @@ def test_a_policy_beside_the_shell_is_found_and_ctrl_c_ends_a_run(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert "Traceback" not in process.stderr.read()
+    assert json.loads(process.stdout.read().splitlines()[-1])["interrupted"] is True
 
 
 def test_a_closed_pipe_ends_a_run_quietly(tmp_path):

@@ -66,7 +66,12 @@ class DistillTask:
         if self.eval_text_file is not None:
             report["agreement"] = self._agreement(pair, trainer)
         (output / "report.json").write_text(json.dumps(report) + "\n")
-        return {"model": config.model.name, "output_dir": str(output), "device": str(pair.target.device)} | report
+        return {
+            "model": config.model.name,
+            "dtype": config.model.dtype,
+            "device": str(pair.target.device),
+            "output_dir": str(output),
+        } | report
 
     def _check_layers(self, count: int) -> None:
         if not self.layers or any(not 0 <= i < count for i in self.layers):

