@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -162,7 +162,11 @@ class Trainer:
         save_atomically(tensors, path, {"step": str(self.step), "settings": self._identity()})
 
     def load(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"checkpoint {path} cannot be read ({error}); remove it to start anew.") from error
+        with opened as file:
             facts = file.metadata()
             if facts["settings"] != self._identity():
                 raise UserError(

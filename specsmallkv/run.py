@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .cli import reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
-from .explain import refuse_unknown_keys
+from .explain import refuse_several_options, refuse_unknown_keys
 from .memory import reset_peak_memory
 from .presets import build
 from .record import asked_for, complete, write_record
@@ -27,9 +27,8 @@ from .record import asked_for, complete, write_record
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(composed: DictConfig) -> None:
     with reported(_point()):
-        record = execute(composed)
-    if record.get("interrupted"):
-        raise KeyboardInterrupt
+        if execute(composed)["interrupted"]:
+            raise KeyboardInterrupt
 
 
 def execute(composed: DictConfig) -> dict[str, Any]:
@@ -54,6 +53,7 @@ def run_task(task: Any, config: RunConfig) -> dict[str, Any]:
 def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     """The checked configuration as dataclasses, and the same as plain data for the record."""
     refuse_unknown_keys(composed)
+    refuse_several_options(HydraConfig.get().runtime.choices)
     config = cast(RunConfig, OmegaConf.to_object(composed))
     config.run_dir = config.run_dir or HydraConfig.get().runtime.output_dir
     check(config)

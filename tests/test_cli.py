@@ -102,6 +102,8 @@ class Echo:
             raise ZeroDivisionError("a bug")
         if self.fail == "ctrl-c":
             raise KeyboardInterrupt
+        if self.fail == "disk":
+            raise OSError(28, "No space left on device")
         print(f"the text of {config.policy.name}")
         return {"text": config.prompt, "loss": float("nan")} | ({"interrupted": True} if self.interrupted else {})
 
@@ -231,6 +233,22 @@ def test_flags_may_stand_anywhere():
         (["chat=maybe"], "chat=maybe is not possible; chat takes true or false."),
         (["temperature=warm"], "temperature=warm is not possible; temperature takes a number."),
         (["seed=[1"], "seed=[1 cannot be read; quote its value"),
+        (["~speculation"], "speculation has no option; choose one with speculation=NAME."),
+        (["~model.draft"], "~model.draft removes what must stay or is not there; leave it out, or set KEY=null."),
+        (["~colour"], "~colour removes what must stay or is not there; leave it out"),
+        (
+            ["policy=[full,snapkv]"],
+            "policy=[...] mixes several options; name one, or run each of a list: -m policy=A,B.",
+        ),
+        (["hydra.nope=1"], "hydra.nope is not a key of Hydra's own; --cfg hydra shows them."),
+        (["hydra/launcher=nope"], "hydra/launcher=nope does not exist; known: basic."),
+        (["hydra/job_logging=none"], "Hydra refuses this (Unable to configure handler 'console'); "),
+        (
+            ["--resolve"],
+            "Hydra refuses this (The --resolve flag can only be used in conjunction with --cfg or --help)",
+        ),
+        (["--run", "--multirun"], "Hydra refuses this (Only one of --run, --multirun, "),
+        (["--config-path", "/nope"], "the directory of --config-path does not exist; leave"),
         (["policy=3"], "a group takes the name of one of its options"),
         (["model=null"], "a group takes the name of one of its options"),
         (
@@ -286,6 +304,7 @@ def test_flags_may_stand_anywhere():
         (["task._target_=nowhere.Task"], "_target_=nowhere.Task cannot be imported"),
         (["+policy.colour=red"], "colour is not a parameter of "),
         (["policy.kv_budget=0"], "policy.kv_budget=0"),
+        (["task.fail=disk"], "the disk is full (No space left on device); free some, or write elsewhere"),
         (["task.fail=full"], "policy=full was told to fail; tell another."),
     ],
 )
@@ -306,8 +325,14 @@ def test_a_mistake_in_a_sweep_names_its_point_and_the_other_points_run(run, tmp_
     ]
     assert "point 1 (" in err
     assert ": policy=streaming_llm was told to fail; tell another.\n" in err
-    assert "Traceback" not in err
+    assert [line for line in err.splitlines() if "[HYDRA]" not in line] == [err.splitlines()[-2]]
     assert len(records(tmp_path)) == 2
+
+
+def test_a_value_that_a_policy_refuses_fails_its_point_alone(run, tmp_path):
+    code, _, err = run("-m", "policy=full", "policy.kv_budget=2,0.5", policy=None)
+    assert (code, len(records(tmp_path))) == (2, 1)
+    assert "point 0 (" in err and "): policy.kv_budget=2 is outside (0, 1]; " in err
 
 
 def test_a_bug_keeps_its_traceback_and_exits_1(run):

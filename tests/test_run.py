@@ -11,9 +11,11 @@ import torch
 
 from specsmallkv import generator, models, wheel
 from specsmallkv.decode import Decoder
+from specsmallkv.errors import UserError
 from specsmallkv.presets import names
 from specsmallkv.record import CONTRACT_KEYS
 from specsmallkv.run import main
+from specsmallkv.tasks import distill
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["+model=tiny-random", "max_new_tokens=6"]
@@ -73,6 +75,64 @@ def test_the_documentation_tells_the_keys_of_the_contract_apart(run):
     """A key of the contract has a row of its own, not only a mention."""
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/record.md").read_text(), re.MULTILINE)
     assert set(CONTRACT_KEYS) - {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set()
+
+
+# What task=distill refuses
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        *((f"task.{key}={value}", f"task.{key}={value} is not possible; give ") for key, value in [
+            ("tokens", 0), ("seq_len", 1), ("batch_size", 0), ("long_every", -1), ("answers_share", 1.5), ("lr", 0.0),
+            ("warmup", -0.1), ("attention_loss_weight", -1.0), ("temperature", -1.0), ("checkpoint_minutes", -1.0),
+            ("lr", float("nan")),
+        ]),
+        ("task.layers=[]", "task.layers=[] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.layers=[2]", "task.layers=[2] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.layers=[a]", "task.layers=['a'] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.text_files=[nope]", "task.text_files=nope does not exist; give the path of a text file."),
+        ("task.text_files=[empty]", "task.text_files=empty is empty; put the text into it."),
+        ("task.text_files=[]", "task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both."),
+        ("task.eval_text_file=short", "task.eval_text_file=short has only 2 tokens; give 512."),
+        ("task.prompts_file=nope", "task.prompts_file=nope does not exist; give the path of a text file."),
+        ("task.prompts_file=other", 'task.prompts_file=other line 1 is {"a": 1}; write {"prompt": ...}'),
+        ("task.prompts_file=long", "task.prompts_file=long has no prompt below 320 tokens; give shorter ones."),
+        ("task.output_dir=empty", "empty: File exists; check the path"),
+    ],
+)  # fmt: skip
+def test_distill_refuses_what_it_cannot_use(run, tmp_path, text_file, override, sentence):
+    for name, text in {
+        "empty": "",
+        "short": "ab",
+        "other": '{"a": 1}',
+        "long": f'{{"prompt": "{400 * "a"}"}}',
+    }.items():
+        (tmp_path / name).write_text(text)
+    code, found, _, err = run("task=distill", *arguments("distill", text_file), override, "quiet=true")
+    assert (code, found, len(err.splitlines())) == (2, [], 1)
+    assert err.startswith(sentence)
+
+
+def test_distill_resumes_its_answers_from_whole_batches_and_refuses_those_of_other_prompts(tmp_path):
+    prompts = [[number] for number in range(distill.ANSWER_BATCH + 3)]
+    lines = [json.dumps({"prompt_ids": prompt, "answer_ids": [1]}) + "\n" for prompt in prompts]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(lines))
+    assert len(distill.read_answers(path, prompts)) == len(prompts)
+    path.write_text("".join(lines[:-1]) + lines[-1][:9])  # killed while it wrote the last line
+    assert len(distill.read_answers(path, prompts)) == distill.ANSWER_BATCH
+    assert path.read_text() == "".join(lines[: distill.ANSWER_BATCH])
+    with pytest.raises(UserError, match="holds answers to other prompts"):
+        distill.read_answers(path, prompts[1:])
+
+
+def test_a_damaged_checkpoint_is_one_sentence(run, tmp_path, text_file):
+    (tmp_path / "distilled").mkdir()
+    (tmp_path / "distilled" / "checkpoint.safetensors").write_bytes(b"half a file")
+    code, _, _, err = run("task=distill", *arguments("distill", text_file), "quiet=true")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "checkpoint.safetensors cannot be read (" in err and "remove it to start anew." in err
 
 
 # Ctrl-C
