@@ -108,9 +108,7 @@ def run_command_line(entry: Callable[[], object], argv: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader is gone (`| head`); without this the interpreter's own flush at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _stdout_is_gone()
     except Exception as error:
         return _report(error, None)
     return _failed_points[0] if _failed_points else 0
@@ -136,13 +134,21 @@ def reported(point: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         raise
+    except BrokenPipeError:
+        raise SystemExit(_stdout_is_gone()) from None
     except Exception as error:
         code = _report(error, point)
         if point is None:
             raise SystemExit(code) from None
         _failed_points.append(code)
+
+
+def _stdout_is_gone() -> int:
+    """The reader has left (`| head`); without this the interpreter's own flush at exit would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def _report(error: Exception, point: str | None) -> int:

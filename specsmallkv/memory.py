@@ -1,12 +1,13 @@
-"""Memory of a run: its peak, by the device's allocator on CUDA, else by the process's resident set; and its end."""
+"""Memory of a run: its peak, by the device's allocator on CUDA, else by the process's resident set; and its end.
+
+torch is looked up, not imported: where nothing has imported it yet, it holds no memory.
+"""
 
 import gc
 import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 PROC = Path("/proc/self")  # Linux only
 RESET_PEAK = "5"  # what clear_refs takes for "the peak is what is resident now"
@@ -18,17 +19,18 @@ ASKED_FOR = re.compile(r"tried to allocate (?:(?P<size>[\d.]+ [KMGT]iB)|(?P<byte
 def reset_peak_memory() -> None:
     """Count from here on, on CUDA and Linux; elsewhere the peak stays that since the process began."""
     gc.collect()  # what an earlier run left behind is not this one's
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     with suppress(OSError):
         (PROC / "clear_refs").write_text(RESET_PEAK)
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak since the last reset, weights included; None where no system call tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory_bytes(device: object) -> int | None:
+    """Peak since the last reset, weights included; None where no system call tells. device: `cuda:0`, `cpu`, ..."""
+    if str(device).startswith("cuda"):
+        return sys.modules["torch"].cuda.max_memory_allocated(device)
     with suppress(OSError):
         if found := re.search(r"VmHWM:\s+(\d+) kB", (PROC / "status").read_text()):
             return int(found[1]) * 1024

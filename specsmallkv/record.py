@@ -17,8 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import RunConfig
 from .errors import UserError
 from .memory import peak_memory_bytes
@@ -67,17 +65,18 @@ def complete(task: str | None, outcome: Mapping[str, Any], config: RunConfig) ->
     known = {"schema_version": SCHEMA_VERSION, "task": task, "seed": config.seed, "interrupted": False}
     record = dict.fromkeys(CONTRACT_KEYS) | known | dict(outcome)
     if record["peak_memory_bytes"] is None:
-        record["peak_memory_bytes"] = peak_memory_bytes(torch.device(record["device"] or "cpu"))
+        record["peak_memory_bytes"] = peak_memory_bytes(record["device"])
     return record | environment(record["device"] or "cpu")
 
 
 def asked_for(config: RunConfig) -> dict[str, Any]:
     """The keys that the configuration alone decides: all that is known of a run that ended before its models came."""
     speculation = config.speculation
+    policy = config.policy if isinstance(config.policy, Mapping) else vars(config.policy)
     return {
         "model": config.model.name,
-        "policy": getattr(config.policy, "name", None),
-        "kv_budget": getattr(config.policy, "kv_budget", None),
+        "policy": policy.get("name"),
+        "kv_budget": policy.get("kv_budget"),
         "speculation": speculation.name,
         "num_draft_tokens": 0 if speculation.name == "none" else speculation.num_draft_tokens,
         "dtype": config.model.dtype,
@@ -137,6 +136,8 @@ def environment(device: object = "cpu") -> dict[str, Any]:
 
 def device_name(device: str) -> str:
     if device.startswith("cuda"):
+        import torch  # not needed otherwise, and slow to import
+
         return torch.cuda.get_device_name(device)
     return _cpu_name()
 

@@ -20,7 +20,6 @@ from .cli import reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
 from .explain import refuse_several_options, refuse_unknown_keys
 from .memory import reset_peak_memory
-from .presets import build
 from .record import asked_for, complete, write_record
 
 
@@ -34,17 +33,19 @@ def run(composed: DictConfig) -> None:
 def execute(composed: DictConfig) -> dict[str, Any]:
     """One run: the task's record, completed with what every record holds, printed and written."""
     config, plain = to_objects(composed)
-    task, config.policy = build(config.task, "task"), build(config.policy, "policy")
-    record = complete(plain["task"].get("name"), run_task(task, config), config) | {"config": plain}
+    record = complete(plain["task"].get("name"), run_task(config), config) | {"config": plain}
     write_record(record, str(config.run_dir))
     return record
 
 
-def run_task(task: Any, config: RunConfig) -> dict[str, Any]:
-    """What the task has to tell; a task that Ctrl-C ends without a word of its own is told for."""
+def run_task(config: RunConfig) -> dict[str, Any]:
+    """What the task has to tell; if Ctrl-C ends it without a word of its own, what was asked for."""
     settings = asked_for(config)
-    reset_peak_memory()
     try:
+        from .presets import build  # with torch behind it, which takes seconds: Ctrl-C shall find a run to record
+
+        task, config.policy = build(config.task, "task"), build(config.policy, "policy")
+        reset_peak_memory()
         return task.run(config)
     except KeyboardInterrupt:
         return settings | {"interrupted": True}
@@ -71,6 +72,8 @@ def _point() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # `python -m` does it too: a policy of the user's own lies there
         sys.path.append(os.getcwd())
+    if sys.stdout is None:  # closed by the shell (`>&-`): the record still goes to the run directory
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows a question mark
     return run_command_line(run, sys.argv[1:] if argv is None else argv)

@@ -483,9 +483,10 @@ def test_a_policy_beside_the_shell_is_found_and_ctrl_c_ends_a_run(tmp_path):
     assert json.loads(process.stdout.read().splitlines()[-1])["interrupted"] is True
 
 
-def test_a_closed_pipe_ends_a_run_quietly(tmp_path):
+@pytest.mark.parametrize("argv", [["--cfg", "job"], ["+model=tiny-random", "prompt=hi", "quiet=true"]])
+def test_a_closed_pipe_ends_a_run_quietly(tmp_path, argv):
     process = subprocess.Popen(
-        command("--cfg", "job"),
+        command(*argv),
         cwd=tmp_path,
         env=source_environment(),
         stdout=subprocess.PIPE,

@@ -284,3 +284,13 @@ def test_each_point_and_each_output_has_its_own_peak(run, tmp_path, monkeypatch)
     assert code == 0
     assert peaks[0] > max(peaks[1:]) + 150e6
     assert (first["peak_memory_bytes"], second["peak_memory_bytes"] < peaks[0] - 150e6) == (peaks[0], True)
+
+
+# Where the text goes
+
+
+def test_a_closed_stdout_still_leaves_the_record(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main([*TINY, "prompt=hello", "quiet=true"]) == 0
+    [path] = tmp_path.glob("outputs/*/record.json")
+    assert json.loads(path.read_text())["new_tokens"] == 6
