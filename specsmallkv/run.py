@@ -9,6 +9,7 @@ non-zero.
 
 import os
 import sys
+import warnings
 from typing import Any, cast
 
 import hydra
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows a question mark
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the line of code that warns
     return run_command_line(run, sys.argv[1:] if argv is None else argv)
 
 

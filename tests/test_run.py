@@ -3,6 +3,8 @@
 import gc
 import json
 import re
+import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -294,3 +296,14 @@ def test_a_closed_stdout_still_leaves_the_record(run, tmp_path, monkeypatch):
     assert main([*TINY, "prompt=hello", "quiet=true"]) == 0
     [path] = tmp_path.glob("outputs/*/record.json")
     assert json.loads(path.read_text())["new_tokens"] == 6
+
+
+def test_a_draft_larger_than_its_target_is_one_line_of_warning(run, monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    larger = "model.draft=random:llama?layers=4&hidden=64&heads=4&kv_heads=2&vocab=320&context=32768&seed=1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *a: sys.stderr.write(warnings.formatwarning(*a[:4]))
+        code, _, _, err = run(larger, "prompt=hello", "quiet=true")
+    assert (code, len(err.splitlines())) == (0, 1)
+    assert err.startswith("warning: draft random:llama?layers=4") and "are they swapped?" in err
