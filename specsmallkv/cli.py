@@ -35,10 +35,7 @@ PATH_KEY = re.compile(r".*_(file|path|dir)|model\.(target|draft)")
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-
-
-class PointFailed(Exception):
-    """A point of a sweep failed and has been reported; the argument is its exit code. The others run."""
+_failed_points: list[int] = []  # exit codes of the points of this sweep that failed
 
 
 def prepare_arguments(argv: list[str]) -> list[str]:
@@ -98,26 +95,23 @@ def _left_to_hydra(value: str, multirun: bool) -> bool:
 
 
 def run_command_line(entry: Callable[[], object], argv: list[str]) -> int:
-    """Run a `hydra.main` entry on these arguments; returns the exit code."""
+    """Run a `hydra.main` entry on these arguments; returns the exit code, in a sweep the first failed point's."""
+    _failed_points.clear()
     try:
         if "--version" in argv:
             print(f"specsmallkv {version('specsmallkv')}")
             return 0
         with _hydra_reads(prepare_arguments(argv)):
             entry()
-    except PointFailed as failure:
-        return int(failure.args[0])
     except SystemExit as finished:  # a job's exit code, or Hydra's after --help
         return int(finished.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader is gone (`| head`); without this the interpreter's own flush at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _stdout_is_gone()
     except Exception as error:
         return _report(error, None)
-    return 0
+    return _failed_points[0] if _failed_points else 0
 
 
 @contextmanager
@@ -134,16 +128,27 @@ def _hydra_reads(argv: list[str]) -> Iterator[None]:
 
 @contextmanager
 def reported(point: str | None) -> Iterator[None]:
-    """Report what goes wrong inside a job: a single run exits; a sweep, whose `point` has a name, goes on."""
+    """Report what goes wrong inside a job: a single run exits; a sweep, whose `point` has a name, goes on.
+
+    Hydra gets no exception of a point: it would print it again, and keep it, its frames and so the models alive.
+    """
     try:
         yield
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         raise
+    except BrokenPipeError:
+        raise SystemExit(_stdout_is_gone()) from None
     except Exception as error:
         code = _report(error, point)
         if point is None:
             raise SystemExit(code) from None
-        raise PointFailed(code) from None
+        _failed_points.append(code)
+
+
+def _stdout_is_gone() -> int:
+    """The reader has left (`| head`); without this the interpreter's own flush at exit would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def _report(error: Exception, point: str | None) -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -119,7 +119,7 @@ class Trainer:
         s = self.settings
         long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
         count, length = (1, s.step_tokens) if long else (s.batch_size, s.seq_len)
-        shares = torch.tensor([1 - s.answers_share, s.answers_share][-len(self.streams) :])
+        shares = torch.tensor([1 - s.answers_share, s.answers_share] if len(self.streams) == 2 else [1.0])
         choice = torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
         return torch.stack([self.streams[i].sequence(length, generator) for i in choice]).to(self.target.device)
 
@@ -162,7 +162,11 @@ class Trainer:
         save_atomically(tensors, path, {"step": str(self.step), "settings": self._identity()})
 
     def load(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"checkpoint {path} cannot be read ({error}); remove it to start anew.") from error
+        with opened as file:
             facts = file.metadata()
             if facts["settings"] != self._identity():
                 raise UserError(

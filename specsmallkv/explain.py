@@ -6,10 +6,13 @@ is not known here is folded into one line. What is no mistake of the user's gets
 """
 
 import difflib
+import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from types import TracebackType
+from typing import Any
 
 from hydra.errors import (
     HydraException,
@@ -22,9 +25,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from .config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
 from .errors import UserError
+from .memory import is_out_of_memory, shortage
 
 TYPED_GROUPS = {"model": ModelConfig, "speculation": SpeculationConfig}
 PROPER_GROUPS = ("policy", "speculation", "task")  # they hold a choice: group=option, without a plus
+LESS_MEMORY = (
+    "lower max_new_tokens or policy.kv_budget, shorten the prompt, or use model.dtype=bfloat16 or a smaller model"
+)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 KINDS = {
     int: "a whole number",
     float: "a number",
@@ -47,6 +55,8 @@ def _sentence(error: BaseException) -> str | None:
             return unknown_key(str(cause.full_key))
         if isinstance(cause, ValidationError):
             return _wrong_type(cause, str(error))
+        if is_out_of_memory(cause):
+            return f"{shortage(cause)}; {LESS_MEMORY}"
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
     if isinstance(error, OverrideParseException):
@@ -54,13 +64,17 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, InstantiationException):
         return _not_built(error)
     if isinstance(error, OmegaConfBaseException):  # an interpolation or a missing value
-        return f"{error.full_key}: {str(error).splitlines()[0]}; give it a value"
+        return _no_value(error)
     if isinstance(error, HydraException):
         return _composition(str(error))
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path, its permissions and the space left there"
+    if getattr(error, "errno", None) in DISK_FULL or "os error 28" in str(error):  # safetensors has only the text
+        return "the disk is full (No space left on device); free some, or write elsewhere, e.g. run_dir=DIR"
     if str(error).startswith("Config group override must be"):  # `policy=3`, `model=null`
         return f"a group takes the name of one of its options, as in policy=full ({_one_line(str(error))})"
+    if isinstance(error, ValueError) and _raised_in(error.__traceback__).startswith(("hydra.", "logging.config")):
+        return f"Hydra refuses this ({_one_line(str(error)).rstrip('.')}); --hydra-help lists its flags"
     return None
 
 
@@ -76,6 +90,8 @@ def unknown_argument(argument: str) -> str:
 
 def unknown_key(key: str) -> str:
     group, dot, leaf = key.rpartition(".")
+    if group.partition(".")[0] == "hydra":
+        return f"{key} is not a key of Hydra's own; --cfg hydra shows them"
     siblings = [known for known in known_keys() if known.startswith(group + dot)] or list(known_keys())
     # By last name, so that `kv_budget` finds `policy.kv_budget`; of two with one name the first stands.
     by_leaf = {known.rpartition(".")[2]: known for known in reversed(siblings)}
@@ -94,6 +110,13 @@ def refuse_unknown_keys(composed: DictConfig) -> None:
                 raise UserError(unknown_key(f"{group}.{key}".lstrip(".")))
 
 
+def refuse_several_options(choices: Mapping[str, Any]) -> None:
+    """Hydra would merge the options of `policy=[full,snapkv]`, which then has no choice, and run the mixture."""
+    for group in PROPER_GROUPS:
+        if not isinstance(choices.get(group), str):
+            raise UserError(f"{group}=[...] mixes several options; name one, or run each of a list: -m {group}=A,B.")
+
+
 @cache
 def known_keys() -> tuple[str, ...]:
     keys = [field.name for field in fields(RunConfig)]
@@ -106,12 +129,14 @@ def known_keys() -> tuple[str, ...]:
 
 
 def _unknown_option(error: MissingConfigException) -> str:
+    if error.missing_cfg_file is None:
+        return "the directory of --config-path does not exist; leave --config-name and --config-path out"
     if not error.options:
         return f"config {error.missing_cfg_file} does not exist; leave --config-name and --config-path out"
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     close = difflib.get_close_matches(option, error.options, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    plus = "" if group in PROPER_GROUPS else "+"
+    plus = "+" if group in ("model", "experiment") else ""
     return f"{plus}{group}={option} does not exist; {hint}known: {', '.join(error.options)}"
 
 
@@ -132,6 +157,14 @@ def _kind(key: str) -> str | None:
     return None
 
 
+def _no_value(error: OmegaConfBaseException) -> str:
+    message = str(error).splitlines()[0]
+    group = re.search(rf"mandatory value: ({'|'.join(PROPER_GROUPS)})$", message)
+    if group:
+        return f"{group[1]} has no option; choose one with {group[1]}=NAME"
+    return f"{error.full_key}: {message}; give it a value"
+
+
 def _unreadable(override: str) -> str:
     key = override.partition("=")[0]
     return f"{_one_line(override)} cannot be read; quote its value once for Hydra: '{key}=\"...\"'"
@@ -143,7 +176,7 @@ def _not_built(error: InstantiationException) -> str | None:
         return f"{unexpected[2]} is not a parameter of {unexpected[1]}; leave it out"
     missing = re.search(r"(\w+)\.__init__\(\) missing .*: (.*)\"", str(error))
     if missing:
-        return f"{missing[1]} needs {missing[2]}; set it in the option's file or with +policy.KEY=VALUE"
+        return f"{missing[1]} needs {missing[2]}; set it in the option's file, or with +policy.KEY= or +task.KEY="
     if isinstance(error.__cause__, ImportError) or "locating target" in str(error):
         target = re.search(r"target '([^']*)'", str(error))
         reason = _one_line(str(error.__cause__)).partition(" Are you sure")[0]
@@ -166,7 +199,17 @@ def _composition(message: str) -> str:
         return f"+{twice[1]}={twice[2]} must not have a plus: write {twice[1]}={twice[2]}"
     if twice:
         return f"+{twice[1]}={twice[2]} is a second choice of {twice[1]}; keep one of them"
+    deleted = re.match(r"Error merging override ~(\S+)|Could not delete from config\. '(.*)' does not exist", message)
+    if deleted:
+        return f"~{deleted[1] or deleted[2]} removes what must stay or is not there; leave it out, or set KEY=null"
     return _one_line(message.split("\nSee https")[0])
+
+
+def _raised_in(frame: TracebackType | None) -> str:
+    """The module that raised."""
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "") if frame else ""
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,7 +7,6 @@ Everything about tokens happens in `decode.py`; this file turns prompts into ids
 into figures.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .attention import check_selection, choose_backend
 from .config import ModelConfig
 from .decode import Decoder, Round, Sequence
 from .errors import UserError
+from .memory import peak_memory_bytes
 from .models import ModelPair, load_pair
 from .policies import Policy
 from .presets import load_policy
@@ -193,18 +193,6 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
         "head_map_similarity": float(oracle.head_map.similarity.mean()) if oracle and oracle.head_map else None,
         "phase_seconds": counters.seconds,
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak of the device's allocator, or of this process's resident set on CPU; None where no system call tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class SpecSmallKV:

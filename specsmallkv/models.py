@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from . import random_model
 from .config import DTYPES, ModelConfig
 from .errors import UserError
+from .memory import is_out_of_memory, shortage
 from .sources import check_weights, model_class, read_config, resolve, typed_config
 from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
 
@@ -150,15 +151,19 @@ def _load_weights(
                 output_loading_info=True,
                 **placement,
             )
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{source} does not fit on {device} in {dtype}; use a smaller model or model.device=cpu."
-        ) from error
-    except (OSError, RuntimeError, ImportError, SafetensorError, ValueError) as error:
+    except (OSError, RuntimeError, MemoryError, ImportError, SafetensorError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise _does_not_fit(source, dtype, device, error) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"the weights of {source} cannot be loaded ({reason}); download them again.") from error
     _refuse_incomplete(report["missing_keys"], source)
     return _freeze(model)
+
+
+def _does_not_fit(source: str, dtype: torch.dtype, device: torch.device, error: Exception) -> UserError:
+    precision = str(dtype).removeprefix("torch.")
+    remedy = "use a smaller model or model.dtype=bfloat16" + ("" if device.type == "cpu" else ", or model.device=cpu")
+    return UserError(f"{source} does not fit on {device} in {precision}: {shortage(error)}; {remedy}.")
 
 
 def _load_sharing_embeddings(

@@ -1,6 +1,7 @@
 """The YAML presets in conf/, the one place for defaults, for callers that do not come through Hydra's command line."""
 
 import importlib
+import inspect
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
@@ -11,6 +12,8 @@ from omegaconf import ListConfig, OmegaConf
 from .config import CONFIG_DIR
 from .errors import UserError
 from .policies import Policy
+
+GROUPS = {"policy": "subclass of specsmallkv.Policy", "task": "class with a run(config) method"}
 
 
 def names(group: str) -> list[str]:
@@ -31,14 +34,32 @@ def load_policy(name: str, **overrides: Any) -> Policy:
     return build(OmegaConf.merge(preset, overrides), "policy")
 
 
-def check_types(node: Any, group: str) -> None:
-    """A UserError for the first value whose type is not its field's, where `_target_` is a dataclass."""
-    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+def target_class(node: Any, group: str) -> type | None:
+    """The class that `_target_` names, fit for its group; None if it cannot be imported, which Hydra words."""
+    path = node.get("_target_")
+    if not isinstance(path, str) or "." not in path:
+        raise UserError(f"{group}._target_={path} names no class; give it as module.Class.")
+    if extra := [key for key in node if str(key).startswith("_") and key != "_target_"]:
+        raise UserError(f"{group}.{extra[0]} is Hydra's own and has no use here; leave it out.")
+    module, _, name = path.rpartition(".")
     try:
-        module, _, name = node["_target_"].rpartition(".")
         target = getattr(importlib.import_module(module), name)
     except Exception:
-        return  # instantiation words this better
+        return None
+    if not isinstance(target, type):
+        raise UserError(f"{group}._target_={path} is a {type(target).__name__}, not a class; name a {GROUPS[group]}.")
+    fits = issubclass(target, Policy) if group == "policy" else callable(getattr(target, "run", None))
+    if not fits:
+        raise UserError(f"{group}._target_={path} is no {group}; name a {GROUPS[group]}.")
+    if inspect.isabstract(target):
+        lacking = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+        raise UserError(f"{group}._target_={path} leaves {lacking} undefined; name a class that defines it.")
+    return target
+
+
+def check_types(target: type | None, node: Any, group: str) -> None:
+    """A UserError for the first value whose type is not its field's, where the target is a dataclass."""
+    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     hints = get_type_hints(target) if is_dataclass(target) else {}
     for key, value in node.items():
         kind = hints.get(key)
@@ -53,7 +74,7 @@ def check_types(node: Any, group: str) -> None:
 def build(node: Any, group: str) -> Any:
     """The object that a `_target_` node describes; a UserError of its constructor comes out as it went in."""
     try:
-        check_types(node, group)
+        check_types(target_class(node, group), node, group)
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):

@@ -28,13 +28,13 @@ def read_requests(config: RunConfig) -> list[Request]:
     if config.prompt is not None:
         return [Request(prompt=config.prompt)]
     if config.prompt_file is not None:
-        return [Request(prompt=_read_text("prompt_file", config.prompt_file))]
+        return [Request(prompt=read_text("prompt_file", config.prompt_file))]
     if config.messages_file is not None:
-        text = _read_text("messages_file", config.messages_file)
+        text = read_text("messages_file", config.messages_file)
         where = f"messages_file={config.messages_file}"
         return [Request(messages=_messages(_parse_json(text, where), where))]
     if config.prompts_file is not None:
-        return _read_rows(config.prompts_file, config.chat)
+        return read_rows("prompts_file", config.prompts_file, config.chat)
     return [Request(prompt=default_prompt())]
 
 
@@ -44,7 +44,7 @@ def default_prompt() -> str:
     return document.read_text(encoding="utf-8").rstrip("\n")
 
 
-def _read_text(key: str, path: str) -> str:
+def read_text(key: str, path: str) -> str:
     """The file's text, byte for byte but for a byte-order mark; whitespace alone counts as empty."""
     try:
         text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
@@ -63,12 +63,13 @@ def _read_text(key: str, path: str) -> str:
     return text
 
 
-def _read_rows(path: str, chat: bool | None) -> list[Request]:
+def read_rows(key: str, path: str, chat: bool | None) -> list[Request]:
+    """A JSONL file, one request a row; key: what the configuration calls the file."""
     requests = []
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(_read_text("prompts_file", path).split("\n"), start=1):
+    for number, line in enumerate(read_text(key, path).split("\n"), start=1):
         if line.strip():
-            where = f"prompts_file={path} line {number}"
+            where = f"{key}={path} line {number}"
             requests.append(_request(_parse_json(line, where), where, chat))
     return requests
 

@@ -17,10 +17,70 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .config import RunConfig
 from .errors import UserError
+from .memory import peak_memory_bytes
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "specsmallkv")
+# Every record holds these, whatever its task; null where one does not apply.
+CONTRACT_KEYS = (
+    "schema_version",
+    "task",
+    "model",
+    "policy",
+    "kv_budget",
+    "speculation",
+    "num_draft_tokens",
+    "prompt_tokens",
+    "new_tokens",
+    "text",
+    "seconds",
+    "ttft_seconds",
+    "tokens_per_second",
+    "acceptance_rate",
+    "acceptance_length",
+    "target_kv_bytes",
+    "target_kv_allocated_bytes",
+    "target_kv_host_bytes",
+    "target_kv_bytes_full",
+    "scratch_bytes",
+    "draft_kv_bytes",
+    "draft_weight_bytes",
+    "kept_per_layer",
+    "recall_bytes",
+    "peak_memory_bytes",
+    "seed",
+    "dtype",
+    "device",
+    "versions",
+    "git_hash",
+    "config",
+    "interrupted",
+)
+
+
+def complete(task: str | None, outcome: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The task's outcome with what every record holds: the contract's keys, the seed and the surroundings."""
+    known = {"schema_version": SCHEMA_VERSION, "task": task, "seed": config.seed, "interrupted": False}
+    record = dict.fromkeys(CONTRACT_KEYS) | known | dict(outcome)
+    if record["peak_memory_bytes"] is None:
+        record["peak_memory_bytes"] = peak_memory_bytes(record["device"])
+    return record | environment(record["device"] or "cpu")
+
+
+def asked_for(config: RunConfig) -> dict[str, Any]:
+    """The keys that the configuration alone decides: all that is known of a run that ended before its models came."""
+    speculation = config.speculation
+    policy = config.policy if isinstance(config.policy, Mapping) else vars(config.policy)
+    return {
+        "model": config.model.name,
+        "policy": policy.get("name"),
+        "kv_budget": policy.get("kv_budget"),
+        "speculation": speculation.name,
+        "num_draft_tokens": 0 if speculation.name == "none" else speculation.num_draft_tokens,
+        "dtype": config.model.dtype,
+    }
 
 
 def write_record(record: Mapping[str, Any], directory: str | Path) -> None:

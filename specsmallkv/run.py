@@ -9,6 +9,7 @@ non-zero.
 
 import os
 import sys
+import warnings
 from typing import Any, cast
 
 import hydra
@@ -18,37 +19,43 @@ from omegaconf import DictConfig, OmegaConf
 
 from .cli import reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
-from .errors import UserError
-from .explain import refuse_unknown_keys
-from .policies import Policy
-from .presets import build
-from .record import SCHEMA_VERSION, environment, write_record
+from .explain import refuse_several_options, refuse_unknown_keys
+from .memory import reset_peak_memory
+from .record import asked_for, complete, write_record
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(composed: DictConfig) -> None:
     with reported(_point()):
-        record = execute(composed)
-    if record.get("interrupted"):
-        raise KeyboardInterrupt
+        if execute(composed)["interrupted"]:
+            raise KeyboardInterrupt
 
 
 def execute(composed: DictConfig) -> dict[str, Any]:
     """One run: the task's record, completed with what every record holds, printed and written."""
     config, plain = to_objects(composed)
-    task, config.policy = build(config.task, "task"), build(config.policy, "policy")
-    if not isinstance(config.policy, Policy):
-        raise UserError(f"policy._target_={plain['policy']['_target_']} makes no Policy; name a subclass of it.")
-    outcome = task.run(config)
-    record = {"schema_version": SCHEMA_VERSION, "task": plain["task"]["name"], **outcome}
-    record |= {"seed": config.seed, **environment(record.get("device", "cpu")), "config": plain}
+    record = complete(plain["task"].get("name"), run_task(config), config) | {"config": plain}
     write_record(record, str(config.run_dir))
     return record
+
+
+def run_task(config: RunConfig) -> dict[str, Any]:
+    """What the task has to tell; if Ctrl-C ends it without a word of its own, what was asked for."""
+    settings = asked_for(config)
+    try:
+        from .presets import build  # with torch behind it, which takes seconds: Ctrl-C shall find a run to record
+
+        task, config.policy = build(config.task, "task"), build(config.policy, "policy")
+        reset_peak_memory()
+        return task.run(config)
+    except KeyboardInterrupt:
+        return settings | {"interrupted": True}
 
 
 def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     """The checked configuration as dataclasses, and the same as plain data for the record."""
     refuse_unknown_keys(composed)
+    refuse_several_options(HydraConfig.get().runtime.choices)
     config = cast(RunConfig, OmegaConf.to_object(composed))
     config.run_dir = config.run_dir or HydraConfig.get().runtime.output_dir
     check(config)
@@ -66,8 +73,11 @@ def _point() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # `python -m` does it too: a policy of the user's own lies there
         sys.path.append(os.getcwd())
+    if sys.stdout is None:  # closed by the shell (`>&-`): the record still goes to the run directory
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows a question mark
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the line of code that warns
     return run_command_line(run, sys.argv[1:] if argv is None else argv)
 
 

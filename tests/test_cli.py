@@ -102,6 +102,8 @@ class Echo:
             raise ZeroDivisionError("a bug")
         if self.fail == "ctrl-c":
             raise KeyboardInterrupt
+        if self.fail == "disk":
+            raise OSError(28, "No space left on device")
         print(f"the text of {config.policy.name}")
         return {"text": config.prompt, "loss": float("nan")} | ({"interrupted": True} if self.interrupted else {})
 
@@ -231,6 +233,22 @@ def test_flags_may_stand_anywhere():
         (["chat=maybe"], "chat=maybe is not possible; chat takes true or false."),
         (["temperature=warm"], "temperature=warm is not possible; temperature takes a number."),
         (["seed=[1"], "seed=[1 cannot be read; quote its value"),
+        (["~speculation"], "speculation has no option; choose one with speculation=NAME."),
+        (["~model.draft"], "~model.draft removes what must stay or is not there; leave it out, or set KEY=null."),
+        (["~colour"], "~colour removes what must stay or is not there; leave it out"),
+        (
+            ["policy=[full,snapkv]"],
+            "policy=[...] mixes several options; name one, or run each of a list: -m policy=A,B.",
+        ),
+        (["hydra.nope=1"], "hydra.nope is not a key of Hydra's own; --cfg hydra shows them."),
+        (["hydra/launcher=nope"], "hydra/launcher=nope does not exist; known: basic."),
+        (["hydra/job_logging=none"], "Hydra refuses this (Unable to configure handler 'console'); "),
+        (
+            ["--resolve"],
+            "Hydra refuses this (The --resolve flag can only be used in conjunction with --cfg or --help)",
+        ),
+        (["--run", "--multirun"], "Hydra refuses this (Only one of --run, --multirun, "),
+        (["--config-path", "/nope"], "the directory of --config-path does not exist; leave"),
         (["policy=3"], "a group takes the name of one of its options"),
         (["model=null"], "a group takes the name of one of its options"),
         (
@@ -251,8 +269,42 @@ def test_flags_may_stand_anywhere():
         (["prompt=a", "prompt_file=b"], "prompt and prompt_file are given together; keep one of them."),
         (["report=true"], "report=true is not in this release; "),
         (["policy._target_=nowhere.Policy"], "_target_=nowhere.Policy cannot be imported"),
+        (
+            ["policy._target_=os.getcwd"],
+            "policy._target_=os.getcwd is a builtin_function_or_method, not a class; name a",
+        ),
+        (["policy._target_=specsmallkv.policies"], "policy._target_=specsmallkv.policies is a module, not a class; "),
+        (
+            ["policy._target_=specsmallkv.models.DRAFT_KEY"],
+            "policy._target_=specsmallkv.models.DRAFT_KEY is a str, not",
+        ),
+        (
+            ["policy._target_=pathlib.Path"],
+            "policy._target_=pathlib.Path is no policy; name a subclass of specsmallkv.Po",
+        ),
+        (["policy._target_=specsmallkv.Policy"], "policy._target_=specsmallkv.Policy leaves score undefined; "),
+        (["policy._target_=Policy"], "policy._target_=Policy names no class; give it as module.Class."),
+        (["policy._target_=null"], "policy._target_=None names no class; give it as module.Class."),
+        (["policy._target_=3"], "policy._target_=3 names no class; give it as module.Class."),
+        (["~policy._target_"], "policy._target_=None names no class; give it as module.Class."),
+        (["+policy._partial_=true"], "policy._partial_ is Hydra's own and has no use here; leave it out."),
+        (
+            ["task._target_=os.getcwd"],
+            "task._target_=os.getcwd is a builtin_function_or_method, not a class; name a cla",
+        ),
+        (["task._target_=json"], "task._target_=json names no class; give it as module.Class."),
+        (
+            ["task._target_=os.path"],
+            "task._target_=os.path is a module, not a class; name a class with a run(config) me",
+        ),
+        (
+            ["task._target_=pathlib.Path"],
+            "task._target_=pathlib.Path is no task; name a class with a run(config) method.",
+        ),
+        (["task._target_=nowhere.Task"], "_target_=nowhere.Task cannot be imported"),
         (["+policy.colour=red"], "colour is not a parameter of "),
         (["policy.kv_budget=0"], "policy.kv_budget=0"),
+        (["task.fail=disk"], "the disk is full (No space left on device); free some, or write elsewhere"),
         (["task.fail=full"], "policy=full was told to fail; tell another."),
     ],
 )
@@ -273,8 +325,14 @@ def test_a_mistake_in_a_sweep_names_its_point_and_the_other_points_run(run, tmp_
     ]
     assert "point 1 (" in err
     assert ": policy=streaming_llm was told to fail; tell another.\n" in err
-    assert "Traceback" not in err
+    assert [line for line in err.splitlines() if "[HYDRA]" not in line] == [err.splitlines()[-2]]
     assert len(records(tmp_path)) == 2
+
+
+def test_a_value_that_a_policy_refuses_fails_its_point_alone(run, tmp_path):
+    code, _, err = run("-m", "policy=full", "policy.kv_budget=2,0.5", policy=None)
+    assert (code, len(records(tmp_path))) == (2, 1)
+    assert "point 0 (" in err and "): policy.kv_budget=2 is outside (0, 1]; " in err
 
 
 def test_a_bug_keeps_its_traceback_and_exits_1(run):
@@ -284,13 +342,17 @@ def test_a_bug_keeps_its_traceback_and_exits_1(run):
     assert "ZeroDivisionError: a bug" in err
 
 
-def test_ctrl_c_exits_130_with_and_without_a_record(run, tmp_path):
-    assert run("task.fail=ctrl-c")[0] == 130
-    assert records(tmp_path) == []
-    code, out, _ = run("+task.interrupted=true")
+@pytest.mark.parametrize("told", ["task.fail=ctrl-c", "+task.interrupted=true"])
+def test_ctrl_c_exits_130_with_a_record_whether_or_not_the_task_made_one(run, tmp_path, told):
+    code, out, _ = run(told)
     assert code == 130
     assert json.loads(out.splitlines()[-1])["interrupted"] is True
     assert len(records(tmp_path)) == 1
+
+
+def test_ctrl_c_ends_a_sweep(run, tmp_path):
+    code, _, _ = run("-m", "policy=full,snapkv", "task.fail=ctrl-c", policy=None)
+    assert (code, len(records(tmp_path))) == (130, 1)
 
 
 # The record
@@ -418,11 +480,13 @@ def test_a_policy_beside_the_shell_is_found_and_ctrl_c_ends_a_run(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert "Traceback" not in process.stderr.read()
+    assert json.loads(process.stdout.read().splitlines()[-1])["interrupted"] is True
 
 
-def test_a_closed_pipe_ends_a_run_quietly(tmp_path):
+@pytest.mark.parametrize("argv", [["--cfg", "job"], ["+model=tiny-random", "prompt=hi", "quiet=true"]])
+def test_a_closed_pipe_ends_a_run_quietly(tmp_path, argv):
     process = subprocess.Popen(
-        command("--cfg", "job"),
+        command(*argv),
         cwd=tmp_path,
         env=source_environment(),
         stdout=subprocess.PIPE,

@@ -1,6 +1,8 @@
 """What an installation relies on; building and installing a wheel is `.ci/run`'s part."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import import_module, resources
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import specsmallkv
 from specsmallkv.config import CONFIG_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,3 +73,17 @@ def test_a_draft_of_the_package_named_by_a_model_is_there_and_small():
             pytest.skip(f"{directory} is not made yet")
         assert len(weights.read_bytes()) <= 45 * 2**20
     assert shipped
+
+
+def test_the_command_line_is_there_before_torch():
+    """Importing torch takes seconds; a mistake is answered, and Ctrl-C finds a run to record, before that."""
+    code = "import sys, specsmallkv.run; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_public_name_is_found_where_the_package_says():
+    assert specsmallkv.__all__ == sorted(specsmallkv.HOMES)
+    for name, home in specsmallkv.HOMES.items():
+        assert getattr(specsmallkv, name) is getattr(import_module(f"specsmallkv.{home}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = specsmallkv.nothing

@@ -1,7 +1,7 @@
 """task=distill: make a draft for the configured target (docs/make-a-draft.md) and write it as a loadable directory."""
 
 import json
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..distill import Settings, Trainer, agreement, export, train
 from ..distill_text import TokenStream, sample_batch
 from ..errors import UserError
 from ..models import ModelPair, fingerprint, load_pair
+from ..prompts import Request, read_rows, read_text
 
 EVAL_LENGTH, EVAL_SEQUENCES = 512, 20
 PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 192, 64
@@ -44,20 +45,40 @@ class DistillTask:
     eval_text_file: str | None
     resume: bool
 
+    def __post_init__(self) -> None:
+        rules = {
+            "tokens": (1, math.inf),
+            "seq_len": (2, math.inf),
+            "batch_size": (1, math.inf),
+            "long_every": (0, math.inf),
+            "answers_share": (0, 1),
+            "lr": (1e-12, 1),
+            "warmup": (0, 1),
+            "attention_loss_weight": (0, 1e6),
+            "temperature": (0, 1e6),
+            "checkpoint_minutes": (0, math.inf),
+        }
+        for key, (least, most) in rules.items():
+            if not least <= getattr(self, key) <= most:
+                limits = f"{least:g} or more" if most == math.inf else f"a number from {least:g} to {most:g}"
+                raise UserError(f"task.{key}={getattr(self, key)} is not possible; give {limits}.")
+
     def run(self, config: RunConfig) -> dict[str, Any]:
         if self.output_dir is None or not self.text_files:
             raise UserError("task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both.")
         output = Path(self.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        pair = load_pair(config.model, need_draft=False, quiet=config.quiet)
+        display = Display(config.quiet)
+        with display.waiting("loading the model"):
+            pair = load_pair(config.model, need_draft=False, quiet=config.quiet)
         self._check_layers(pair.target.config.num_hidden_layers)
         settings = self._settings(config.seed)
-        trainer = Trainer(pair.target, self._streams(pair, output, config.seed), settings)
+        trainer = Trainer(pair.target, self._streams(pair, output, config.seed, display), settings)
         checkpoint = output / "checkpoint.safetensors"
         if self.resume and checkpoint.exists():
             trainer.load(checkpoint)
         facts = self._facts(config, pair)
-        train_with_progress(trainer, output, facts, Display(config.quiet))
+        train_with_progress(trainer, output, facts, display)
         report: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.step * settings.step_tokens,
@@ -66,16 +87,18 @@ class DistillTask:
         if self.eval_text_file is not None:
             report["agreement"] = self._agreement(pair, trainer)
         (output / "report.json").write_text(json.dumps(report) + "\n")
-        return {"model": config.model.name, "output_dir": str(output), "device": str(pair.target.device)} | report
+        return {
+            "model": config.model.name,
+            "dtype": config.model.dtype,
+            "device": str(pair.target.device),
+            "output_dir": str(output),
+        } | report
 
     def _check_layers(self, count: int) -> None:
-        if not self.layers or any(not 0 <= i < count for i in self.layers):
+        if not self.layers or any(i not in range(count) for i in self.layers):
             raise UserError(
                 f"task.layers={self.layers} does not fit a target of {count} layers; name some of 0-{count - 1}."
             )
-        for key in ("tokens", "seq_len", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least 1.")
 
     def _settings(self, seed: int) -> Settings:
         return Settings(
@@ -102,18 +125,24 @@ class DistillTask:
             "seed": config.seed,
         }
 
-    def _streams(self, pair: ModelPair, output: Path, seed: int) -> list[TokenStream]:
+    def _streams(self, pair: ModelPair, output: Path, seed: int, display: Display) -> list[TokenStream]:
         """Running text, and conversations of the target with itself."""
-        texts = [tokens_of(pair, path) for path in self.text_files]
+        texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
         streams = [TokenStream(texts, aligned=False)]
         if self.prompts_file is not None:
-            streams.append(TokenStream(self._conversations(pair, output / "answers.jsonl", seed), aligned=True))
+            streams.append(
+                TokenStream(self._conversations(pair, output / "answers.jsonl", seed, display), aligned=True)
+            )
         return streams
 
-    def _conversations(self, pair: ModelPair, path: Path, seed: int) -> list[list[int]]:
-        done = read_rows(path) if path.exists() else []
-        prompts = [encode_chat(pair, row["prompt"]) for row in read_rows(Path(str(self.prompts_file)))]
-        prompts = [prompt for prompt in prompts if len(prompt) < PROMPT_LIMIT]
+    def _conversations(self, pair: ModelPair, path: Path, seed: int, display: Display) -> list[list[int]]:
+        requests = read_rows("task.prompts_file", str(self.prompts_file), chat=None)
+        prompts = [prompt for prompt in (encode_chat(pair, r) for r in requests) if len(prompt) < PROMPT_LIMIT]
+        if not prompts:
+            raise UserError(
+                f"task.prompts_file={self.prompts_file} has no prompt below {PROMPT_LIMIT} tokens; give shorter ones."
+            )
+        done = read_answers(path, prompts)
         with path.open("a") as file:
             for start in range(len(done), len(prompts), ANSWER_BATCH):
                 batch = prompts[start : start + ANSWER_BATCH]
@@ -124,11 +153,11 @@ class DistillTask:
                     file.write(json.dumps({"prompt_ids": prompt, "answer_ids": answer}) + "\n")
                     done.append({"prompt_ids": prompt, "answer_ids": answer})
                 file.flush()
-                print(f"{len(done)} of {len(prompts)} prompts answered", file=sys.stderr)
+                display.console.print(f"{len(done)} of {len(prompts)} prompts answered")
         return [row["prompt_ids"] + row["answer_ids"] for row in done]
 
     def _agreement(self, pair: ModelPair, trainer: Trainer) -> float:
-        ids = torch.tensor(tokens_of(pair, str(self.eval_text_file)))
+        ids = torch.tensor(tokens_of(pair, "task.eval_text_file", str(self.eval_text_file)))
         count = min(EVAL_SEQUENCES, len(ids) // EVAL_LENGTH)
         if not count:
             raise UserError(
@@ -154,21 +183,31 @@ def train_with_progress(trainer: Trainer, output: Path, facts: dict[str, object]
         train(trainer, output, on_step, on_checkpoint)
 
 
-def tokens_of(pair: ModelPair, path: str) -> list[int]:
-    try:
-        return pair.tokenizer(Path(path).read_text(encoding="utf-8"))["input_ids"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); give a text file.") from error
+def tokens_of(pair: ModelPair, key: str, path: str) -> list[int]:
+    return pair.tokenizer(read_text(key, path))["input_ids"]
 
 
-def encode_chat(pair: ModelPair, prompt: str) -> list[int]:
-    messages = [{"role": "user", "content": prompt}]
+def encode_chat(pair: ModelPair, request: Request) -> list[int]:
+    if not getattr(pair.tokenizer, "chat_template", None):
+        raise UserError("task.prompts_file needs a target with a chat template, which this one lacks; leave it out.")
+    messages = request.messages or [{"role": "user", "content": request.prompt or ""}]
     text = pair.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return pair.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_answers(path: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """The rows of an earlier run, in whole batches: a kill may have cut the last line, and a batch has one seed."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith("\n")]
+    whole = len(lines) if len(lines) == len(prompts) else len(lines) // ANSWER_BATCH * ANSWER_BATCH
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON lines ({error}); give one JSON object a line.") from error
+        rows = [json.loads(line) for line in lines[:whole]]
+        same = [row["prompt_ids"] for row in rows] == prompts[:whole]
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{path} holds answers to other prompts; remove it, or give another task.output_dir.")
+    path.write_text("".join(lines[:whole]), encoding="utf-8")
+    return rows

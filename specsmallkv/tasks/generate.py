@@ -7,8 +7,10 @@ from typing import Any
 from ..config import RunConfig
 from ..display import Display
 from ..generator import Generation, SpecSmallKV
+from ..memory import peak_memory_bytes, reset_peak_memory
 from ..models import load_pair
 from ..prompts import Request, read_requests
+from ..record import asked_for
 from ..sampling import Sampler
 
 SUMMED = (
@@ -31,7 +33,7 @@ LARGEST = (
 
 def load_generator(config: RunConfig) -> SpecSmallKV:
     """The pair, policy and draft length that a run's configuration asks for."""
-    num_draft_tokens = 0 if config.speculation.name == "none" else config.speculation.num_draft_tokens
+    num_draft_tokens = asked_for(config)["num_draft_tokens"]
     needs_draft = bool(num_draft_tokens) or config.policy.reads_draft
     pair = load_pair(config.model, need_draft=needs_draft, quiet=config.quiet)
     return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention)
@@ -39,13 +41,7 @@ def load_generator(config: RunConfig) -> SpecSmallKV:
 
 def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
     """The keys of a record that say what was run."""
-    return {
-        "model": config.model.name,
-        "policy": config.policy.name,
-        "kv_budget": config.policy.kv_budget,
-        "speculation": config.speculation.name,
-        "num_draft_tokens": spec.num_draft_tokens,
-        "dtype": config.model.dtype,
+    return asked_for(config) | {
         "device": str(spec.pair.target.device),
         "attention": spec.attention,
         "target_weights": spec.pair.target_origin,
@@ -66,9 +62,11 @@ class GenerateTask:
         display = Display(config.quiet)
         with display.waiting("loading the models"):
             spec = load_generator(config)
-        settings = setting_figures(config, spec)
+        loading_peak = peak_memory_bytes(spec.pair.target.device)
         outputs, interrupted = self._answer(spec, requests, config, display)
-        record = settings | combine(outputs) | {"interrupted": interrupted}
+        record = setting_figures(config, spec) | combine(outputs) | {"interrupted": interrupted}
+        if loading_peak is not None:
+            record["peak_memory_bytes"] = max(loading_peak, record["peak_memory_bytes"])
         if config.prompts_file is not None:
             record["outputs"] = outputs
         display.table(record)
@@ -81,6 +79,7 @@ class GenerateTask:
         outputs: list[dict[str, Any]] = []
         for generation in [open_stream(spec, request, config) for request in requests]:
             try:
+                reset_peak_memory()
                 self._show(generation, display)
             except KeyboardInterrupt:
                 return [*outputs, generation.figures()], True

