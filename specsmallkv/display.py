@@ -71,6 +71,16 @@ class Display:
             table.add_row(r["policy"], str(r["kv_budget"]), *numbers, ratio)
         self.console.print(table)
 
+    def retrieval(self, results: list[dict[str, Any]]) -> None:
+        """One line per policy and budget, the full cache and the draft alone."""
+        table = Table(title="retrieval", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for name in ("policy", "kv_budget", "correct", "answered", "kept", "seconds"):
+            table.add_column(name)
+        for r in results:
+            numbers = f"{r['correct']} of {r['total']}", str(r["answered"]), f"{r['kv_budget_effective'] or 0:.1%}"
+            table.add_row(r["policy"], str(r["kv_budget"]), *numbers, f"{r['seconds']:.1f}")
+        self.console.print(table)
+
 
 def live_line(generation: Generation) -> str:
     count, seconds = len(generation.token_ids), max(generation.seconds, 1e-9)

@@ -3,7 +3,10 @@
 It reads and checks files; chat templates and token counts belong to the tokenizer and are applied elsewhere.
 """
 
+import gzip
 import json
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,7 +37,7 @@ def read_requests(config: RunConfig) -> list[Request]:
         where = f"messages_file={config.messages_file}"
         return [Request(messages=_messages(_parse_json(text, where), where))]
     if config.prompts_file is not None:
-        return read_rows("prompts_file", config.prompts_file, config.chat)
+        return read_requests_file("prompts_file", config.prompts_file, config.chat)
     return [Request(prompt=default_prompt())]
 
 
@@ -45,15 +48,17 @@ def default_prompt() -> str:
 
 
 def read_text(key: str, path: str) -> str:
-    """The file's text, byte for byte but for a byte-order mark; whitespace alone counts as empty."""
+    """The file's text, byte for byte but for a byte-order mark; whitespace alone is empty; `.gz` is unpacked."""
     try:
-        text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        content = Path(path).expanduser().read_bytes()
+        text = (gzip.decompress(content) if path.endswith(".gz") else content).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{key}={path} does not exist; give the path of a text file.") from None
     except IsADirectoryError:
         raise UserError(f"{key}={path} is a directory; give the path of a text file.") from None
-    except OSError as error:
-        raise UserError(f"{key}={path} cannot be read ({error.strerror}); give a readable text file.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={path} cannot be read ({reason}); give a readable text file.") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}={path} is not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8."
@@ -63,15 +68,18 @@ def read_text(key: str, path: str) -> str:
     return text
 
 
-def read_rows(key: str, path: str, chat: bool | None) -> list[Request]:
+def read_requests_file(key: str, path: str, chat: bool | None) -> list[Request]:
     """A JSONL file, one request a row; key: what the configuration calls the file."""
-    requests = []
+    return [_request(row, where, chat) for where, row in read_rows(key, path)]
+
+
+def read_rows(key: str, path: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSONL file that the user named by `key`; empty lines are skipped."""
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(read_text(key, path).split("\n"), start=1):
         if line.strip():
             where = f"{key}={path} line {number}"
-            requests.append(_request(_parse_json(line, where), where, chat))
-    return requests
+            yield where, _parse_json(line, where)
 
 
 def _request(row: Any, where: str, chat: bool | None) -> Request:

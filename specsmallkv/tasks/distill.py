@@ -15,7 +15,7 @@ from ..distill import Settings, Trainer, agreement, export, train
 from ..distill_text import TokenStream, sample_batch
 from ..errors import UserError
 from ..models import ModelPair, fingerprint, load_pair
-from ..prompts import Request, read_rows, read_text
+from ..prompts import Request, read_requests_file, read_text
 
 EVAL_LENGTH, EVAL_SEQUENCES = 512, 20
 PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 192, 64
@@ -136,7 +136,7 @@ class DistillTask:
         return streams
 
     def _conversations(self, pair: ModelPair, path: Path, seed: int, display: Display) -> list[list[int]]:
-        requests = read_rows("task.prompts_file", str(self.prompts_file), chat=None)
+        requests = read_requests_file("task.prompts_file", str(self.prompts_file), chat=None)
         prompts = [prompt for prompt in (encode_chat(pair, r) for r in requests) if len(prompt) < PROMPT_LIMIT]
         if not prompts:
             raise UserError(

@@ -6,7 +6,7 @@ everything is compared on the same positions. Static policies do not depend on w
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..metrics import Scores, attention_recall, bootstrap_interval, jaccard_of_top
 from ..policies import Policy
-from ..presets import load_policy
 from .generate import load_generator, setting_figures
+from .grid import neediest, policy_grid
 
-SHARED_FIELDS = ("num_sink_tokens", "window_size", "evict_block")
 MEASURE_EVERY = 8  # blocks between two looks at the attention itself, which costs a full read
 
 
@@ -110,7 +109,7 @@ class FidelityTask:
     def run(self, config: RunConfig) -> dict[str, Any]:
         display = Display(config.quiet)
         policies = self._policies(config.policy)
-        config.policy = min(policies, key=lambda p: (not p.reads_draft, p.kv_budget))  # needs all that any needs
+        config.policy = neediest(policies)
         with display.waiting("loading the models"):
             spec = load_generator(config)
         text = self._tokens(spec)
@@ -133,12 +132,7 @@ class FidelityTask:
             )
         if not (self.policies and self.kv_budgets):
             raise UserError("task.policies or task.kv_budgets is empty; name at least one of each.")
-        shared = {key: getattr(chosen, key) for key in SHARED_FIELDS}
-        return [
-            replace(chosen, kv_budget=b) if name == chosen.name else load_policy(name, kv_budget=b, **shared)
-            for name in self.policies
-            for b in self.kv_budgets
-        ]
+        return policy_grid(chosen, self.policies, self.kv_budgets)
 
     def _tokens(self, spec: SpecSmallKV) -> list[int]:
         needed = self.context_tokens + self.eval_tokens + 1
