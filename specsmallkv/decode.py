@@ -332,7 +332,7 @@ class Decoder:
         for own, start in zip(rows, seen, strict=True):
             own.start(start, size)
         calls = [AttentionCall(self.attention, rows=own, everything=True) for own in rows]
-        self.forward_group(sequences, blocks, calls)
+        self.forward_group(sequences, blocks, calls, head=False)
         for sequence in sequences:
             sequence.target.rollback(size)
         means = [own.values.mean(1) for own in rows]
@@ -355,7 +355,7 @@ class Decoder:
         """
         blocks = next_tokens(sequences, drafts)
         calls = calls or [self.verify_call(sequence, len(blocks[0])) for sequence in sequences]
-        logits = self.forward_group(sequences, blocks, calls, len(blocks[0]))
+        logits = self.forward_group(sequences, blocks, calls)
         for sequence, call in zip(sequences, calls, strict=True):
             self._verified(sequence, call)
         return logits
@@ -517,20 +517,23 @@ class Decoder:
         return output.logits[0].float()
 
     def forward_group(
-        self, sequences: list[Sequence], tokens: list[list[int]], calls: list[AttentionCall], num_logits: int = 1
+        self, sequences: list[Sequence], tokens: list[list[int]], calls: list[AttentionCall], head: bool = True
     ) -> Tensor:
-        """The target over equally many tokens of several sequences of any lengths: logits (B, num_logits, V)."""
-        group = CacheGroup([sequence.target for sequence in sequences])
+        """The target over q tokens of each of several sequences of any lengths: float32 logits (B, q, V).
+
+        head: false leaves the output layer out and gives hidden states. All positions or none: the last ones of
+        several rows are no contiguous matrix, and torch's CPU product with such a one is a hundred times slower.
+        """
+        group, model = CacheGroup([sequence.target for sequence in sequences]), self.target
         ids = torch.tensor(tokens, device=self.device)
-        output = self.target(
+        output = (model if head else model.base_model)(
             input_ids=ids,
             position_ids=group.positions(ids.shape[1], self.device),
             past_key_values=group,
             use_cache=True,
-            logits_to_keep=num_logits,
             attention_call=calls,
         )
-        return output.logits.float()
+        return output[0].float()
 
 
 def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
