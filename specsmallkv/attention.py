@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import TieredLayer
+from .cache import LayerGroup, TieredLayer
 from .errors import UserError
 
 NAME = "specsmallkv"
@@ -233,6 +233,15 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)
 
 
+def attend_rows(
+    group: LayerGroup, index: int, query: Tensor, scaling: float, calls: list[AttentionCall] | None
+) -> Tensor:
+    """Output (B, H_q, q, D): every batch row attends to its own layer as its own call asks."""
+    calls = calls or [AttentionCall() for _ in group.rows]
+    rows = zip(group.rows, query.split(1), calls, strict=True)
+    return torch.cat([attend(layer, index, own, scaling, call) for layer, own, call in rows])
+
+
 def tiered_attention(
     module: nn.Module,
     query: Tensor,
@@ -241,16 +250,23 @@ def tiered_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,  # the sixth parameter by position: kvpress wraps this call
     scaling: float | None = None,
-    attention_call: AttentionCall | None = None,
+    attention_call: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls in every layer; plain tensors (any other cache) go to its own SDPA."""
-    if not isinstance(key, TieredLayer):
+    """The function transformers calls in every layer; plain tensors (any other cache) go to its own SDPA.
+
+    attention_call: an AttentionCall, or a list of them for a `CacheGroup`, one per row.
+    """
+    if not isinstance(key, TieredLayer | LayerGroup):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    output = attend(key, module.layer_idx, query, scale, attention_call or AttentionCall())  # type: ignore[arg-type]
+    index: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(key, LayerGroup):
+        output = attend_rows(key, index, query, scale, attention_call)
+    else:
+        output = attend(key, index, query, scale, attention_call or AttentionCall())
     return output.transpose(1, 2).contiguous(), None
 
 

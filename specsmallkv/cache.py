@@ -9,6 +9,7 @@ What lies where, for every batch row and KV head (heads are never repeated in st
 The kept region holds any subset of the older tokens, sorted by position; the tail is contiguous and ends at `seen`.
 Keys are stored after RoPE, so positions stay logical and eviction never rotates anything. This file moves memory;
 it does not know who decides what to keep (`policies.py`) nor how attention is computed (`attention.py`).
+A `CacheGroup` puts the caches of several sequences side by side for one forward pass, one per batch row.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ def enlarged(source: Tensor, slots: int, used: int) -> Tensor:
     larger = source.new_empty(*source.shape[:2], slots, source.shape[3])
     larger[:, :, :used] = source[:, :, :used]
     return larger
+
+
+def num_queries(query: Any) -> int:
+    """Of `get_mask_sizes`: transformers hands over a count or, in its older versions, positions."""
+    return query if isinstance(query, int) else query.shape[0]
 
 
 class TieredLayer(CacheLayerMixin):
@@ -114,7 +120,7 @@ class TieredLayer(CacheLayerMixin):
         return self.seen  # logical: transformers derives positions from it
 
     def get_mask_sizes(self, query: Any) -> tuple[int, int]:
-        return self.num_slots + (query if isinstance(query, int) else query.shape[0]), 0
+        return self.num_slots + num_queries(query), 0
 
     def get_max_length(self, *args: Any) -> int:
         return -1
@@ -366,3 +372,57 @@ class TieredCache(Cache):
         return [
             {"critical": layer.num_slots, "marginal": layer.num_marginal, "total": layer.seen} for layer in self.layers
         ]
+
+
+class LayerGroup(CacheLayerMixin):
+    """The same layer of several sequences, one per batch row; what a row holds, and how much, is its own."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False  # rows are rolled back one by one, each in its own cache
+
+    def __init__(self, rows: list[TieredLayer]):
+        self.rows = rows
+        super().__init__()
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass  # each row does it at its first update
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append to every row's tail; returns this group twice, for the attention function to unpack."""
+        for row, k, v in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
+            row.update(k, v)
+        return self, self
+
+    def get_seq_length(self, *args: Any) -> int:
+        return max(row.seen for row in self.rows)
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        return max(row.num_slots for row in self.rows) + num_queries(query), 0
+
+    def get_max_length(self, *args: Any) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    @property
+    def shape(self) -> torch.Size:
+        longest = max(self.rows, key=lambda row: row.num_slots)
+        return torch.Size((len(self.rows), *longest.shape[1:]))
+
+
+class CacheGroup(Cache):
+    """Caches of independent sequences as the rows of one batch, for a single forward pass; it keeps nothing itself.
+
+    Every row gets the same number of new tokens; their positions must be given (`positions`), since lengths differ.
+    """
+
+    def __init__(self, caches: list[TieredCache]):
+        self.caches = caches
+        super().__init__(layers=[LayerGroup(list(rows)) for rows in zip(*(c.layers for c in caches), strict=True)])
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """(B, num_tokens) logical positions of the next tokens of every row."""
+        starts = torch.tensor([cache.seen for cache in self.caches], device=device)
+        return starts.unsqueeze(1) + torch.arange(num_tokens, device=device)

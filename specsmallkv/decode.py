@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import AttentionCall, AttentionMass, AttentionRows, check_selection, use_tiered_attention
-from .cache import TieredCache
+from .cache import CacheGroup, TieredCache
 from .matching import marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Policy
@@ -297,12 +297,16 @@ class Decoder:
                 pending = [token]
         return drafts, probabilities
 
-    def plan(self, sequence: Sequence, drafts: list[int]) -> None:
-        """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all."""
+    def plan(self, sequence: Sequence, drafts: list[int], looked: Tensor | None = None) -> None:
+        """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all.
+
+        looked: what `look` gives, if somebody looked already.
+        """
         oracle, seen = sequence.evidence.oracle, sequence.target.seen
         if self.policy.every_round and self.policy.due(sequence.evicted_at):
             if self.policy.reads_target:
-                sequence.evidence.saliency = self.look(sequence, drafts)[..., :seen]
+                looked = self.look([sequence], [drafts])[0] if looked is None else looked
+                sequence.evidence.saliency = looked[..., :seen]
             elif oracle is not None and self.policy.selection == "query":
                 sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at)
             elif oracle is not None:
@@ -319,25 +323,50 @@ class Decoder:
                         self.policy.compensation,
                     )
 
-    def look(self, sequence: Sequence, drafts: list[int]) -> Tensor:
-        """The target's true attention of the coming block, from every key: saliency (L, H_kv, N). Analysis only."""
-        tokens, config = [sequence.tokens[-1], *drafts], self.target.config
-        end = sequence.target.seen + len(tokens)
-        rows = AttentionRows(config.num_hidden_layers, config.num_attention_heads, len(tokens), end, self.device)
-        rows.start(sequence.target.seen, len(tokens))
-        self.forward(self.target, sequence.target, tokens, AttentionCall(self.attention, rows=rows, everything=True))
-        sequence.target.rollback(len(tokens))
-        return rows.values.mean(1).view(config.num_hidden_layers, config.num_key_value_heads, -1, end).mean(2)
+    def look(self, sequences: list[Sequence], drafts: list[list[int]]) -> list[Tensor]:
+        """The target's true attention of the coming blocks, from every key: saliency (L, H_kv, N). Analysis only."""
+        blocks, config = next_tokens(sequences, drafts), self.target.config
+        num_layers, num_heads, size = config.num_hidden_layers, config.num_attention_heads, len(blocks[0])
+        seen = [sequence.target.seen for sequence in sequences]
+        rows = [AttentionRows(num_layers, num_heads, size, start + size, self.device) for start in seen]
+        for own, start in zip(rows, seen, strict=True):
+            own.start(start, size)
+        calls = [AttentionCall(self.attention, rows=own, everything=True) for own in rows]
+        self.forward_group(sequences, blocks, calls, head=False)
+        for sequence in sequences:
+            sequence.target.rollback(size)
+        means = [own.values.mean(1) for own in rows]
+        return [x.view(num_layers, config.num_key_value_heads, -1, x.shape[1]).mean(2) for x in means]
 
     def verify(self, sequence: Sequence, drafts: list[int]) -> Tensor:
         """One target pass over the last token and the drafts: logits (k + 1, V)."""
-        tokens, mass = [sequence.tokens[-1], *drafts], sequence.evidence.mass
-        call = AttentionCall(self.attention, num_queries=len(tokens) if mass else 0)
+        (tokens,) = next_tokens([sequence], [drafts])
+        call = self.verify_call(sequence, len(tokens))
         logits = self.forward(self.target, sequence.target, tokens, call, len(tokens))
-        if mass:
-            mass.pending = call.queries
-        sequence.counters.see(sequence.target)
+        self._verified(sequence, call)
         return logits
+
+    def verify_group(
+        self, sequences: list[Sequence], drafts: list[list[int]], calls: list[AttentionCall] | None = None
+    ) -> Tensor:
+        """`verify` for several sequences in one target pass, k drafts each: logits (B, k + 1, V).
+
+        calls: what `verify_call` gives for each sequence, if they are to keep more than it asks for.
+        """
+        blocks = next_tokens(sequences, drafts)
+        calls = calls or [self.verify_call(sequence, len(blocks[0])) for sequence in sequences]
+        logits = self.forward_group(sequences, blocks, calls)
+        for sequence, call in zip(sequences, calls, strict=True):
+            self._verified(sequence, call)
+        return logits
+
+    def verify_call(self, sequence: Sequence, num_tokens: int) -> AttentionCall:
+        return AttentionCall(self.attention, num_queries=num_tokens if sequence.evidence.mass else 0)
+
+    def _verified(self, sequence: Sequence, call: AttentionCall) -> None:
+        if sequence.evidence.mass:
+            sequence.evidence.mass.pending = call.queries
+        sequence.counters.see(sequence.target)
 
     def rollback(self, sequence: Sequence, rejected: int) -> None:
         """Drop rejected tokens from both caches; only accepted rows enter the oracle's interval and the mass."""
@@ -486,6 +515,30 @@ class Decoder:
             attention_call=call,
         )
         return output.logits[0].float()
+
+    def forward_group(
+        self, sequences: list[Sequence], tokens: list[list[int]], calls: list[AttentionCall], head: bool = True
+    ) -> Tensor:
+        """The target over q tokens of each of several sequences of any lengths: float32 logits (B, q, V).
+
+        head: false leaves the output layer out and gives hidden states. All positions or none: the last ones of
+        several rows are no contiguous matrix, and torch's CPU product with such a one is a hundred times slower.
+        """
+        group, model = CacheGroup([sequence.target for sequence in sequences]), self.target
+        ids = torch.tensor(tokens, device=self.device)
+        output = (model if head else model.base_model)(
+            input_ids=ids,
+            position_ids=group.positions(ids.shape[1], self.device),
+            past_key_values=group,
+            use_cache=True,
+            attention_call=calls,
+        )
+        return output[0].float()
+
+
+def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
+    """What a verify pass reads of each sequence: the last token and its drafts."""
+    return [[sequence.tokens[-1], *own] for sequence, own in zip(sequences, drafts, strict=True)]
 
 
 def attention_scaling(model: PreTrainedModel) -> float:

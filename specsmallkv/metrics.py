@@ -61,9 +61,9 @@ class Scores:
     nll: list[float] = field(default_factory=list)
     nll_full: list[float] = field(default_factory=list)
 
-    def add(self, logits: Tensor, full_logits: Tensor, following: list[int]) -> None:
-        """logits, full_logits (n, V); following: the n tokens of the text that come next."""
-        ours, full = logits.float().log_softmax(-1), full_logits.float().log_softmax(-1)
+    def add(self, logits: Tensor, full: Tensor, following: list[int]) -> None:
+        """logits (n, V), the full cache's log-probabilities (n, V) and the n tokens of the text that come next."""
+        ours = logits.float().log_softmax(-1)
         index = torch.tensor(following, device=logits.device).unsqueeze(1)
         self.kl += kl_divergence(full, ours).tolist()
         self.agrees += (ours.argmax(-1) == full.argmax(-1)).tolist()

@@ -1,11 +1,11 @@
-"""A trial of task=fidelity begins where decoding of the same prompt begins."""
+"""A trial of task=fidelity begins where decoding of the same prompt begins, and all trials share their passes."""
 
 import pytest
 import torch
 
 from specsmallkv import SpecSmallKV, load_policy
 from specsmallkv.decode import Decoder
-from specsmallkv.tasks.fidelity import open_trial, prefill_once
+from specsmallkv.tasks.fidelity import Block, mean, open_trial, prefill_once, step
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
@@ -18,7 +18,7 @@ def trials():
     text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
     policies = [load_policy(name, kv_budget=0.3) for name in NAMES]
     with torch.inference_mode():
-        base, _ = prefill_once(spec, policies[-1], text, 240, policies)  # h2o needs what the base's policy does not
+        base = prefill_once(spec, policies[-1], text, 240, policies)  # h2o needs what the base's policy does not
         return spec, text[:240], {policy.name: open_trial(spec, policy, base) for policy in policies}
 
 
@@ -35,3 +35,22 @@ def test_a_trial_keeps_the_tokens_that_decoding_keeps(trials, name):
         assert torch.equal(ours.positions, theirs.positions) and ours.num_slots < 240
         assert torch.equal(ours.marginal_positions, theirs.marginal_positions)
         assert ours.k.shape == theirs.k.shape
+
+
+@torch.inference_mode()
+def test_the_full_cache_in_bfloat16_is_at_distance_zero_from_itself_in_every_block():
+    """Its trial and the reference are rows of the same passes, so that rounding is no distance."""
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="bfloat16")
+    text = torch.randint(1, 320, (160,), generator=torch.Generator().manual_seed(1)).tolist()
+    policies = [load_policy(name, kv_budget=0.4, evict_block=8) for name in ("snapkv", "full", "oracle")]
+    base = prefill_once(spec, policies[0], text, 120, policies)
+    trials = [open_trial(spec, policy, base) for policy in (load_policy("full"), *policies)]
+    position = 120
+    for count in (4, 4, 2, 1, 3, 2):  # scored of a block of up to 4; the rest is rolled back
+        drafts = text[position + 1 : position + min(4, 8 - position % 8)]
+        step(base, trials, text, Block(position, drafts, count, measure=True))
+        position += count
+    reference, snapkv, full, oracle = trials
+    assert reference.scores.kl == full.scores.kl == [0.0] * 16
+    assert 0 < mean(oracle.scores.kl) < mean(snapkv.scores.kl)
+    assert mean(full.recall[-1]) == pytest.approx(1) and mean(snapkv.recall[-1]) < mean(oracle.recall[-1]) < 1

@@ -1,8 +1,10 @@
 """task=fidelity: how far each policy's next-token distributions are from the full cache's, teacher-forced on a text.
 
 The first `context_tokens` of the text are the prompt; the next `eval_tokens` are scored in verify blocks of
-`num_draft_tokens` + 1. All policies and budgets advance together block by block, so that the draft runs once and
-everything is compared on the same positions. Static policies do not depend on where blocks begin (invariant 2).
+`num_draft_tokens` + 1. All policies and budgets and the full cache advance together: the draft reads a block once, and
+the target reads it in one pass with a batch row for each. So all are compared on the same positions, rounding in
+passes of one shape is no distance, and a trial costs little more than its share of attention. Static policies do not
+depend on where blocks begin (invariant 2).
 """
 
 from collections.abc import Iterable
@@ -30,18 +32,21 @@ MEASURE_EVERY = 8  # blocks between two looks at the attention itself, which cos
 
 
 @dataclass
-class Reference:
-    """The full cache's run over the text: logits (n + 1, V) from the prompt's last position on, queries, keys."""
+class Block:
+    """A verify block that begins with the text's token at `position`; the first `count` positions are scored.
 
-    context: int  # tokens of the prompt
-    logits: Tensor
-    queries: dict[int, Tensor]  # per layer (1, H_q, n, D) of the scored positions
-    cache: TieredCache
+    A position is scored if every token read up to it is the text's own. measure: look at the attention itself too.
+    """
+
+    position: int
+    drafts: list[int]
+    count: int
+    measure: bool
 
 
 @dataclass
 class Trial:
-    """One policy at one budget: its own target cache, the shared draft."""
+    """One policy at one budget: its own target cache, the shared draft. The full cache is a trial as well."""
 
     policy: Policy
     decoder: Decoder
@@ -51,34 +56,56 @@ class Trial:
     jaccard: list[float] = field(default_factory=list)
     byte_share: list[float] = field(default_factory=list)
 
-    def verify(
-        self, drafts: list[int], text: list[int], position: int, count: int, reference: Reference, measure: bool
-    ) -> None:
-        """One pass over the block; the first `count` positions saw the text's own tokens and are scored."""
-        decoder, sequence, first = self.decoder, self.sequence, position - reference.context
-        sequence.tokens = text[: position + 1]
-        decoder.plan(sequence, drafts)
-        logits = decoder.verify(sequence, drafts)[:count]
-        self.byte_share.append(sequence.target.nbytes / sequence.target.full_nbytes)
-        following = text[position + 1 : position + 1 + count]
-        self.scores.add(logits, reference.logits[first + 1 : first + 1 + count], following)
-        sequence.tokens = text[: position + count + 1]
-        decoder.rollback(sequence, len(drafts) + 1 - count)
-        if measure:
-            self._measure(reference, position, count)
-        decoder.evict(sequence)
+    def score(self, logits: Tensor, full: Tensor, following: list[int]) -> None:
+        """logits (n, V) and the full cache's log-probabilities `full` (n, V) of the scored positions."""
+        self.byte_share.append(self.sequence.target.nbytes / self.sequence.target.full_nbytes)
+        self.scores.add(logits, full, following)
 
-    def _measure(self, reference: Reference, position: int, count: int) -> None:
-        """Attention mass and overlap per layer, by the full run's queries and keys."""
-        scaling, first, recall, jaccard = self.sequence.evidence.scaling, position - reference.context, [], []
+    def commit(self, block: Block, text: list[int]) -> None:
+        """Drop what the text does not say."""
+        self.sequence.tokens = text[: block.position + block.count + 1]
+        self.decoder.rollback(self.sequence, len(block.drafts) + 1 - block.count)
+
+    def measure(self, queries: dict[int, Tensor], full: TieredCache) -> None:
+        """Attention mass and overlap per layer, by the full cache's keys and its queries (1, H_q, n, D)."""
+        scaling, recall, jaccard = self.sequence.evidence.scaling, [], []
         for index, layer in enumerate(self.sequence.target.layers):
-            queries = reference.queries[index][:, :, first : first + count]
-            keys = reference.cache.layers[index].keys[:, :, : position + count]
-            recall.append(attention_recall(layer, queries, keys, scaling))
+            keys = full.layers[index].keys
+            recall.append(attention_recall(layer, queries[index], keys, scaling))
             if layer.num_kept:
-                jaccard.append(jaccard_of_top(layer, queries, keys, scaling))
+                jaccard.append(jaccard_of_top(layer, queries[index], keys, scaling))
         self.recall.append(recall)
         self.jaccard += jaccard
+
+
+def step(base: "Base", trials: list[Trial], text: list[int], block: Block) -> None:
+    """One verify block of all trials, the first of which is the full cache's, in one pass of the target."""
+    sequences, drafts = [trial.sequence for trial in trials], block.drafts
+    for sequence in sequences:
+        sequence.tokens = text[: block.position + 1]
+    plan(base.decoder, trials, drafts)
+    calls = [base.decoder.verify_call(sequence, len(drafts) + 1) for sequence in sequences]
+    calls[0].num_queries = len(drafts) + 1
+    logits = base.decoder.verify_group(sequences, [drafts] * len(trials), calls)[:, : block.count]
+    full = logits[0].log_softmax(-1)
+    following = text[block.position + 1 : block.position + 1 + block.count]
+    for trial, own in zip(trials, logits, strict=True):
+        trial.score(own, full, following)
+        trial.commit(block, text)
+    queries = {index: x[:, :, : block.count] for index, x in calls[0].queries.items()}
+    for trial in trials:
+        if block.measure:
+            trial.measure(queries, sequences[0].target)
+        trial.decoder.evict(trial.sequence)
+
+
+def plan(decoder: Decoder, trials: list[Trial], drafts: list[int]) -> None:
+    """Every trial's plan; those that look at the target's own attention look together."""
+    looking = [trial for trial in trials if trial.policy.reads_target and trial.policy.due(trial.sequence.evicted_at)]
+    looks = decoder.look([trial.sequence for trial in looking], [drafts] * len(looking)) if looking else []
+    seen = dict(zip(map(id, looking), looks, strict=True))
+    for trial in trials:
+        trial.decoder.plan(trial.sequence, drafts, seen.get(id(trial)))
 
 
 @dataclass
@@ -114,10 +141,10 @@ class FidelityTask:
             spec = load_generator(config)
         text = self._tokens(spec)
         spec.check_length(text, 1)
-        with display.waiting(f"reading {len(text)} tokens with the full cache"):
-            base, reference = prefill_once(spec, config.policy, text, self.context_tokens, policies)
-            trials = [open_trial(spec, policy, base) for policy in policies]
-        self._score(base, trials, reference, text, config.quiet)
+        with display.waiting(f"reading {self.context_tokens} tokens"):
+            base = prefill_once(spec, config.policy, text, self.context_tokens, policies)
+            full, *trials = [open_trial(spec, policy, base) for policy in (load_policy("full"), *policies)]
+        self._score(base, [full, *trials], text, config.quiet)
         results = [summary(trial, trials) for trial in trials]
         draft_bytes = base.sequence.draft.nbytes if base.sequence.draft else 0
         display.fidelity(results)
@@ -145,19 +172,18 @@ class FidelityTask:
             )
         return tokens[:needed]
 
-    def _score(self, base: "Base", trials: list[Trial], reference: Reference, text: list[int], quiet: bool) -> None:
+    def _score(self, base: "Base", trials: list[Trial], text: list[int], quiet: bool) -> None:
         """Block after block until `eval_tokens` positions are scored."""
-        position, block = self.context_tokens, 0
+        position, number = self.context_tokens, 0
         with Progress(console=Display(quiet).console, transient=True) as progress:
             bar = progress.add_task("scoring", total=self.eval_tokens)
             while position < len(text) - 1:
                 drafts = base.draft(text, position, gold=self.rows == "gold")
                 count = matching_prefix(drafts, text[position + 1 :]) + 1
-                for trial in trials:
-                    trial.verify(drafts, text, position, count, reference, measure=block % MEASURE_EVERY == 0)
+                step(base, trials, text, Block(position, drafts, count, measure=number % MEASURE_EVERY == 0))
                 base.commit(position + count)
                 progress.advance(bar, count)
-                position, block = position + count, block + 1
+                position, number = position + count, number + 1
 
 
 def read_text(path: str | None) -> str:
@@ -208,21 +234,15 @@ class Base:
             self.sequence.draft.rollback(max(0, self.sequence.draft.seen - position))
 
 
-def prefill_once(
-    spec: SpecSmallKV, policy: Policy, text: list[int], context: int, policies: list[Policy]
-) -> tuple[Base, Reference]:
-    """Read the prompt with both models, then the rest of the text with the full cache."""
+def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: int, policies: list[Policy]) -> Base:
+    """Read the prompt with both models."""
     decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
     sequence = decoder.start(text[:context], len(text) - context)
     if any(policy.reads_mass for policy in policies):
         sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
-    first = decoder.prefill(sequence)
+    decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
-    reference = TieredCache(len(sequence.target.layers), len(text))
-    sequence.target.copy_to(reference)
-    call = AttentionCall(spec.attention, num_queries=len(text) - context)
-    rest = decoder.forward(decoder.target, reference, text[context:], call, len(text) - context)
-    return Base(decoder, sequence), Reference(context, torch.cat((first[None], rest)), call.queries, reference)
+    return Base(decoder, sequence)
 
 
 def open_trial(spec: SpecSmallKV, policy: Policy, base: Base) -> Trial:
