@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 METHODS = ("one_hot", "mixture")
+REDUCTIONS = ("mean", "max")
 NUM_MIXED_HEADS = 16  # prototype, Qwen2.5-Coder pair: .49 cosine for the best single head, .57 for 4, .60 for 16
 NUM_SWEEPS = 50  # coordinate descent; 16 unknowns converge in far fewer
 
@@ -29,11 +30,15 @@ class HeadMap:
         """Predicted target rows (H_q, T, N) of one layer from draft rows (M, T, N)."""
         return torch.einsum("hm,mtn->htn", self.weights[layer], rows)
 
-    def saliency(self, mean_rows: Tensor, num_kv_heads: int) -> Tensor:
-        """Predictions averaged over the heads of each group: (L, H_kv, N) from row means (M, N)."""
+    def saliency(self, mean_rows: Tensor, num_kv_heads: int, reduction: str = "mean") -> Tensor:
+        """Predictions of row means (M, N), reduced over the heads of each group: (L, H_kv, N)."""
         layers, heads, _ = self.weights.shape
-        grouped = self.weights.view(layers, num_kv_heads, heads // num_kv_heads, -1).mean(dim=2)
-        return grouped @ mean_rows
+        grouped = self.weights.view(layers, num_kv_heads, heads // num_kv_heads, -1)
+        if reduction == "mean":
+            return grouped.mean(dim=2) @ mean_rows
+        return torch.stack(
+            [(layer @ mean_rows).amax(dim=1) for layer in grouped]
+        )  # layer by layer: 1 / L of the memory
 
 
 def nonnegative_least_squares(gram: Tensor, correlation: Tensor) -> Tensor:

@@ -79,12 +79,12 @@ class AttentionOracle:
         self._sum /= 2
         self._count /= 2
 
-    def lookahead_saliency(self, length: int) -> Tensor:
-        """(L, H_kv, length): mean over the rows of the coming verify block."""
+    def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
+        """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.saliency(self.block.values[:, :, :length].mean(dim=1), self.num_kv_heads)
+        return self.head_map.saliency(self.block.mean(by_chance)[:, :length], self.num_kv_heads, reduction)
 
-    def row_saliencies(self, length: int) -> Tensor:
+    def row_saliencies(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
 
         What enters here may depend on that row and on what is fixed at eviction events, else `selection=query` is not
@@ -92,7 +92,8 @@ class AttentionOracle:
         """
         assert self.head_map is not None, "the head map is fitted before anybody asks"
         rows = self.block.values[:, :, :length].unbind(dim=1)
-        return torch.stack([self.head_map.saliency(row.contiguous(), self.num_kv_heads) for row in rows], dim=2)
+        predictions = [self.head_map.saliency(row.contiguous(), self.num_kv_heads, reduction) for row in rows]
+        return torch.stack(predictions, dim=2)
 
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""

@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..metrics import Scores, attention_recall, bootstrap_interval, jaccard_of_top
 from ..policies import Policy
+from ..presets import load_policy
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
 
@@ -225,8 +226,11 @@ class Base:
         if gold:
             decoder.forward(decoder.draft_model, cache, tokens + following, call)
             return following
-        for _ in range(count + 1):
-            tokens.append(int(decoder.forward(decoder.draft_model, cache, tokens[-1:], call)[-1].argmax()))
+        for step in range(count + 1):
+            probabilities = decoder.forward(decoder.draft_model, cache, tokens[-1:], call)[-1].softmax(-1)
+            tokens.append(int(probabilities.argmax()))
+            if step < count:
+                oracle.block.expect(float(probabilities.max()))
         return tokens[1 : count + 1]
 
     def commit(self, position: int) -> None:
