@@ -22,6 +22,7 @@ from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
 from .tail_term import tail_term
 
+OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
 TURN_CHUNK = 32  # the same for known tokens that static policies read; bounds the draft's rows
 TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each would cost as much as decoding them
@@ -420,18 +421,15 @@ class Decoder:
         if oracle is None:
             self._feed(self.draft_model, sequence.draft, window)
             return
-        end = sequence.draft.seen + len(window)
-        rows = self._rows(len(window), end)
-        rows.start(end - len(window), len(window))
-        self.forward(self.draft_model, sequence.draft, window, AttentionCall(self.attention, rows=rows))
-        oracle.fit(
-            rows.values,
-            evidence.queries,
-            sequence.target,
-            evidence.scaling,
-            self.policy.num_sink_tokens,
-            self.policy.matching,
-        )
+        for start in range(0, len(window), OBSERVED_CHUNK):
+            chunk = window[start : start + OBSERVED_CHUNK]
+            end = sequence.draft.seen + len(chunk)
+            rows = self._rows(len(chunk), end)
+            rows.start(end - len(chunk), len(chunk))
+            self.forward(self.draft_model, sequence.draft, chunk, AttentionCall(self.attention, rows=rows))
+            queries = {i: x[:, :, start : start + len(chunk)] for i, x in evidence.queries.items()}
+            oracle.observe(rows.values, queries, sequence.target, evidence.scaling, self.policy.num_sink_tokens)
+        oracle.fit(self.policy.matching)
 
     def _observe_if_needed(self, sequence: Sequence) -> None:
         """A prompt too short to evict left no window: read the last tokens once more, now that it matters."""

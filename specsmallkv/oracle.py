@@ -28,25 +28,27 @@ class AttentionOracle:
         """Scratch on the device."""
         return self.block.nbytes + self._sum.nbytes
 
-    def fit(
-        self,
-        draft_rows: Tensor,
-        queries: dict[int, Tensor],
-        cache: TieredCache,
-        scaling: float,
-        num_sinks: int,
-        method: str,
+    def observe(
+        self, draft_rows: Tensor, queries: dict[int, Tensor], cache: TieredCache, scaling: float, num_sinks: int
     ) -> None:
-        """Fit the head map on the observation window and let its mean be the first interval.
+        """Another chunk of the observation window: evidence for the head map and for the first interval.
 
-        draft_rows (M, W, N); queries per target layer (1, H_q, W, D); the cache still holds all N tokens.
+        draft_rows (M, W, N) end with the query at N - 1; queries per target layer (1, H_q, W, D) are the same ones;
+        the cache still holds all tokens.
         """
-        fit = HeadMapFit(draft_rows, num_sinks)
-        for index, layer in enumerate(cache.layers):
-            fit.add_layer(attention_probabilities(queries[index], layer.keys, scaling)[0])
-        self._fit, self.head_map = fit, fit.solve(method)
-        self._sum[:, : draft_rows.shape[2]] = draft_rows.sum(dim=1)
-        self._count = draft_rows.shape[1]
+        self._fit, length = self._fit or HeadMapFit(num_sinks), draft_rows.shape[2]
+        target_rows = (
+            attention_probabilities(queries[index], layer.keys[:, :, :length], scaling)[0]
+            for index, layer in enumerate(cache.layers)
+        )
+        self._fit.add(draft_rows, target_rows)
+        self._sum[:, :length] += draft_rows.sum(dim=1)
+        self._count += draft_rows.shape[1]
+
+    def fit(self, method: str) -> None:
+        """The head map of all that was observed."""
+        assert self._fit is not None, "observe before fitting"
+        self.head_map = self._fit.solve(method)
 
     def share(self, method: str) -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""

@@ -357,7 +357,7 @@ class Lookahead(DraftPolicy):
     residency: str = "offload"
     selection: str = "block"
     window_size: int = 8
-    observation_size: int = 32
+    observation_size: int = 128
     weigh_rows: bool = True
     group_reduction: str = "max"
     tail_factor: float = 0.5
