@@ -42,15 +42,18 @@ def test_true_rows_with_all_evicted_values_pooled_are_full_attention(block):
     torch.testing.assert_close(read(layer, query, k, v, factor=1.0, pool=100.0), full, atol=1e-5, rtol=1e-5)
 
 
-def test_equal_values_in_the_far_remainder_lose_nothing_by_their_mean(block):
+@pytest.mark.parametrize("pool", [0.0, 0.5])
+def test_equal_values_in_the_far_remainder_lose_nothing_by_their_mean(block, pool):
     layer, query, k, v = block
-    evicted = torch.ones(H_KV, N - Q, dtype=torch.bool).scatter(1, layer.kept_positions[0], False)
-    evicted[:, N - Q - WINDOW :] = False
-    for values in (v[0, :, : N - Q], layer.store_v[0, :, : N - Q]):
-        values[evicted] = 0.5
+    evicted = torch.ones(H_KV, layer.tail_start, dtype=torch.bool).scatter(1, layer.kept_positions[0], False)
+    saliency = true_rows(query, k).unflatten(0, (H_KV, -1)).mean((1, 2))[:, : layer.tail_start]
+    near = saliency.masked_fill(~evicted, -1).topk(int(pool * layer.num_kept), dim=-1).indices
+    far = evicted.scatter(1, near, False)
+    for values in (v, layer.store_v):
+        values[0, :, : layer.tail_start][far] = 0.5
     layer.older_value_sum = layer.store_v[:, :, : layer.tail_start].sum(dim=2)
     full = reference_attention(query, k, v, DIM**-0.5)
-    torch.testing.assert_close(read(layer, query, k, v, factor=1.0, pool=0.0), full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(read(layer, query, k, v, factor=1.0, pool=pool), full, atol=1e-5, rtol=1e-5)
 
 
 def test_the_sum_of_stored_values_follows_the_window(block):
