@@ -8,38 +8,50 @@ sinks are alike in all heads and would drown the rest.
 M = draft layers x draft heads; all rows float32. This file does not know where rows come from or what they decide.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 METHODS = ("one_hot", "mixture")
 REDUCTIONS = ("mean", "max")
 NUM_MIXED_HEADS = 16  # prototype, Qwen2.5-Coder pair: .49 cosine for the best single head, .57 for 4, .60 for 16
+HISTORY_POOL = 7  # neighbours, as in SnapKV
+HISTORY_MARGIN = 0.05  # cosine by which a head's own history must be better than the draft
 NUM_SWEEPS = 50  # coordinate descent; 16 unknowns converge in far fewer
 
 
 @dataclass
 class HeadMap:
-    """weights: (L, H_q, M), rows sum to 1. similarity: (L, H_q), cosine of prediction and target on the window."""
+    """weights: (L, H_q, M) over draft heads. similarity: (L, H_q), cosine of prediction and target on the window.
+
+    history_weights: (L, H_q), of the target's own pooled attention before, so that a head that the draft cannot tell
+    falls back on what it did itself; None: the draft alone. All weights of a head sum to 1.
+    """
 
     weights: Tensor
     similarity: Tensor
+    history_weights: Tensor | None = None
 
-    def predict(self, layer: int, rows: Tensor) -> Tensor:
-        """Predicted target rows (H_q, T, N) of one layer from draft rows (M, T, N)."""
-        return torch.einsum("hm,mtn->htn", self.weights[layer], rows)
+    def predict(self, layer: int, rows: Tensor, history: Tensor | None = None) -> Tensor:
+        """Predicted target rows (H_q, T, N) of one layer from draft rows (M, T, N) and history (H_q, N or fewer)."""
+        predicted = torch.einsum("hm,mtn->htn", self.weights[layer], rows)
+        if self.history_weights is not None and history is not None:
+            predicted[..., : history.shape[-1]] += (self.history_weights[layer, :, None] * history)[:, None]
+        return predicted
 
-    def saliency(self, mean_rows: Tensor, num_kv_heads: int, reduction: str = "mean") -> Tensor:
-        """Predictions of row means (M, N), reduced over the heads of each group: (L, H_kv, N)."""
-        layers, heads, _ = self.weights.shape
-        grouped = self.weights.view(layers, num_kv_heads, heads // num_kv_heads, -1)
-        if reduction == "mean":
-            return grouped.mean(dim=2) @ mean_rows
-        return torch.stack(
-            [(layer @ mean_rows).amax(dim=1) for layer in grouped]
-        )  # layer by layer: 1 / L of the memory
+    def saliency(
+        self, mean_rows: Tensor, num_kv_heads: int, reduction: str = "mean", history: Tensor | None = None
+    ) -> Tensor:
+        """Predictions of row means (M, N), reduced over each group's heads: (L, H_kv, N); history (L, H_q, n)."""
+        layers = []  # one by one, so that all heads' predictions exist for one layer only
+        for index in range(len(self.weights)):
+            past = None if history is None else history[index, :, : mean_rows.shape[1]]
+            heads = self.predict(index, mean_rows.unsqueeze(1), past).squeeze(1).unflatten(0, (num_kv_heads, -1))
+            layers.append(heads.mean(dim=1) if reduction == "mean" else heads.amax(dim=1))
+        return torch.stack(layers)
 
 
 def nonnegative_least_squares(gram: Tensor, correlation: Tensor) -> Tensor:
@@ -62,23 +74,33 @@ def nonnegative_least_squares(gram: Tensor, correlation: Tensor) -> Tensor:
 class HeadMapFit:
     """Sums that the least squares need, over chunks of the window: no rows exist for all of it, or for all layers."""
 
-    def __init__(self, num_sink_tokens: int):
+    def __init__(self, num_sink_tokens: int, num_layers: int):
         self.sinks = num_sink_tokens
         self.gram: Tensor | float = 0.0  # (M, M)
-        self.correlations: list[Tensor] = []  # per layer (H_q, M)
-        self.squares: list[Tensor] = []  # per layer (H_q,)
+        self.correlations: list[Any] = [0.0] * num_layers  # (H_q, M) each
+        self.squares: list[Any] = [0.0] * num_layers  # (H_q,)
+        # of the history: its square, its product with the target, and the target's square then, (H_q,) each
+        self.history: list[tuple[Tensor, ...] | None] = [None] * num_layers
 
     def _columns(self, rows: Tensor) -> Tensor:
         return rows[..., self.sinks :].reshape(rows.shape[0], -1)
 
-    def add(self, draft_rows: Tensor, target_rows: Iterable[Tensor]) -> None:
-        """draft_rows (M, W, N); target_rows: (H_q, W, N) of each layer, the same queries and keys."""
-        draft = self._columns(draft_rows)
-        self.gram = self.gram + draft @ draft.T
-        sums = [(target @ draft.T, target.square().sum(-1)) for target in map(self._columns, target_rows)]
-        if self.correlations:
-            sums = [(a + c, b + d) for (a, b), c, d in zip(sums, self.correlations, self.squares, strict=True)]
-        self.correlations, self.squares = [a for a, _ in sums], [b for _, b in sums]
+    def add_draft(self, draft_rows: Tensor) -> None:
+        """draft_rows (M, W, N) of the next chunk; `add_layer` of every layer follows."""
+        self.draft = self._columns(draft_rows)
+        self.gram = self.gram + self.draft @ self.draft.T
+
+    def add_layer(self, index: int, target_rows: Tensor, history: Tensor | None = None) -> None:
+        """target_rows (H_q, W, N), the same queries and keys; history (H_q, n): what was known before them."""
+        target = self._columns(target_rows)
+        self.correlations[index] = self.correlations[index] + target @ self.draft.T
+        self.squares[index] = self.squares[index] + target.square().sum(-1)
+        if history is not None:
+            past = history[:, self.sinks :]
+            square = target_rows.shape[1] * past.square().sum(-1)
+            product = (target_rows.sum(dim=1)[:, self.sinks : history.shape[1]] * past).sum(-1)
+            sums, before = (square, product, target.square().sum(-1)), self.history[index]
+            self.history[index] = sums if before is None else tuple(a + b for a, b in zip(sums, before, strict=True))
 
     def solve(self, method: str) -> HeadMap:
         """ "one_hot": the most similar draft head (paper); "mixture": non-negative least squares over the best few."""
@@ -88,18 +110,29 @@ class HeadMapFit:
         lengths = self.gram.diagonal().clamp_min(1e-12).sqrt()
         count = 1 if method == "one_hot" else min(NUM_MIXED_HEADS, len(self.gram))
         best = (correlation / lengths).topk(count, dim=-1).indices  # (L, H_q, n)
-        gram = self.gram[best.unsqueeze(-1), best.unsqueeze(-2)]
-        mixed = nonnegative_least_squares(gram, correlation.gather(-1, best))
+        gram, wanted = self.gram[best.unsqueeze(-1), best.unsqueeze(-2)], correlation.gather(-1, best)
+        mixed = nonnegative_least_squares(gram, wanted)
         mixed[..., 0] += (mixed.sum(-1) == 0).float()  # nothing correlates: fall back on the most similar
-        weights = torch.zeros_like(correlation).scatter(-1, best, mixed)
-        similarity = cosine(weights, self.gram, correlation, norms)
-        return HeadMap(weights / weights.sum(-1, keepdim=True), similarity)
+        predicted = torch.einsum("lhi,lhij,lhj->lh", mixed, gram, mixed).clamp_min(1e-24).sqrt()
+        similarity = (mixed * wanted).sum(-1) / (predicted * norms).clamp_min(1e-12)
+        weights = torch.zeros_like(correlation).scatter(-1, best, mixed / mixed.sum(-1, keepdim=True))
+        if method == "one_hot" or any(sums is None for sums in self.history):
+            return HeadMap(weights, similarity)
+        return self._fall_back(weights, similarity)
+
+    def _fall_back(self, weights: Tensor, similarity: Tensor) -> HeadMap:
+        """Heads that their own history tells clearly better than the draft does follow the history."""
+        squares, products, targets = (torch.stack(sums) for sums in zip(*filter(None, self.history), strict=True))
+        of_history = products / (squares * targets).sqrt().clamp_min(1e-12)
+        own = of_history > similarity + HISTORY_MARGIN
+        weights = weights.masked_fill(own.unsqueeze(-1), 0)
+        return HeadMap(weights, torch.where(own, of_history, similarity), own.float())
 
 
-def cosine(weights: Tensor, gram: Tensor, correlation: Tensor, norms: Tensor) -> Tensor:
-    """Of mixtures and targets, (L, H_q), from the sums of a fit."""
-    predicted = ((weights @ gram) * weights).sum(-1).clamp_min(1e-24).sqrt()
-    return (weights * correlation).sum(-1) / (predicted * norms).clamp_min(1e-12)
+def pooled_history(target_rows: Tensor) -> Tensor:
+    """Mean of target rows (H_q, W, N) over the W queries, pooled over neighbours as SnapKV does: (H_q, N)."""
+    mean = target_rows.mean(dim=1)
+    return F.avg_pool1d(mean, HISTORY_POOL, stride=1, padding=HISTORY_POOL // 2)
 
 
 def marginal_weights(predicted: Tensor, kept: Tensor, marginal: Tensor, tail_start: int, compensation: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import AttentionRows, attention_probabilities
 from .cache import TieredCache
-from .matching import HeadMap, HeadMapFit
+from .matching import HeadMap, HeadMapFit, pooled_history
 
 
 class AttentionOracle:
@@ -21,29 +21,36 @@ class AttentionOracle:
         self.head_map: HeadMap | None = None
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
         self._count = 0.0
+        self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
         self._fit: HeadMapFit | None = None
 
     @property
     def nbytes(self) -> int:
         """Scratch on the device."""
-        return self.block.nbytes + self._sum.nbytes
+        return self.block.nbytes + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
 
     def observe(
-        self, draft_rows: Tensor, queries: dict[int, Tensor], cache: TieredCache, scaling: float, num_sinks: int
+        self,
+        draft_rows: Tensor,
+        queries: dict[int, Tensor],
+        cache: TieredCache,
+        scaling: float,
+        num_sinks: int,
     ) -> None:
-        """Another chunk of the observation window: evidence for the head map and for the first interval.
+        """Another chunk of the observation window: evidence for the head map, the history and the first interval.
 
         draft_rows (M, W, N) end with the query at N - 1; queries per target layer (1, H_q, W, D) are the same ones;
-        the cache still holds all tokens.
+        the cache still holds all tokens. History and interval are those of the last chunk.
         """
-        self._fit, length = self._fit or HeadMapFit(num_sinks), draft_rows.shape[2]
-        target_rows = (
-            attention_probabilities(queries[index], layer.keys[:, :, :length], scaling)[0]
-            for index, layer in enumerate(cache.layers)
-        )
-        self._fit.add(draft_rows, target_rows)
-        self._sum[:, :length] += draft_rows.sum(dim=1)
-        self._count += draft_rows.shape[1]
+        self._fit, length = self._fit or HeadMapFit(num_sinks, len(cache.layers)), draft_rows.shape[2]
+        self._fit.add_draft(draft_rows)
+        history = []
+        for index, layer in enumerate(cache.layers):
+            rows = attention_probabilities(queries[index], layer.keys[:, :, :length], scaling)[0]
+            self._fit.add_layer(index, rows, None if self.history is None else self.history[index])
+            history.append(pooled_history(rows))
+        self.history = torch.stack(history)
+        self._sum[:, :length], self._count = draft_rows.sum(dim=1), draft_rows.shape[1]
 
     def fit(self, method: str) -> None:
         """The head map of all that was observed."""
@@ -55,6 +62,7 @@ class AttentionOracle:
         assert self._fit is not None, "fit before sharing"
         other = AttentionOracle(self.block, self.num_kv_heads)
         other._fit, other.head_map = self._fit, self._fit.solve(method)
+        other.history = self.history
         other._sum.copy_(self._sum)
         other._count = self._count
         return other
@@ -73,8 +81,11 @@ class AttentionOracle:
 
     def interval_saliency(self, length: int) -> Tensor:
         """(L, H_kv, length): mean over the accepted rows since the last refresh, earlier ones halved at each."""
+        return self._saliency(self._sum[:, :length] / max(self._count, 1e-9))
+
+    def _saliency(self, mean_rows: Tensor, reduction: str = "mean") -> Tensor:
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.saliency(self._sum[:, :length] / max(self._count, 1e-9), self.num_kv_heads)
+        return self.head_map.saliency(mean_rows, self.num_kv_heads, reduction, self.history)
 
     def refresh(self) -> None:
         """Begin a new interval; the past counts half, so that an interval of one or two rows does not decide alone."""
@@ -83,8 +94,7 @@ class AttentionOracle:
 
     def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
-        assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.saliency(self.block.mean(by_chance)[:, :length], self.num_kv_heads, reduction)
+        return self._saliency(self.block.mean(by_chance)[:, :length], reduction)
 
     def row_saliencies(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
@@ -92,12 +102,11 @@ class AttentionOracle:
         What enters here may depend on that row and on what is fixed at eviction events, else `selection=query` is not
         exact. So no product spans two rows: its rounding could depend on how many there are.
         """
-        assert self.head_map is not None, "the head map is fitted before anybody asks"
         rows = self.block.values[:, :, :length].unbind(dim=1)
-        predictions = [self.head_map.saliency(row.contiguous(), self.num_kv_heads, reduction) for row in rows]
+        predictions = [self._saliency(row.contiguous(), reduction) for row in rows]
         return torch.stack(predictions, dim=2)
 
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.predict(layer, self.block.values)
+        return self.head_map.predict(layer, self.block.values, None if self.history is None else self.history[layer])

@@ -277,14 +277,24 @@ class H2O(Policy):
 
 @dataclass(kw_only=True)
 class DraftPolicy(Policy):
-    """Scores by the saliency that the draft's attention predicts. matching: "one_hot" or "mixture"."""
+    """Scores by the saliency that the draft's attention predicts.
+
+    matching: "one_hot" or "mixture". observation_size: prompt rows that the head map is fitted on.
+    """
 
     matching: str = "mixture"
+    observation_size: int = 128
     uses_draft = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("matching", METHODS)
+        if self.observation_size < 1:
+            raise UserError(f"policy.observation_size={self.observation_size} is not positive; give at least 1.")
+
+    @property
+    def num_observed(self) -> int:
+        return max(self.observation_size, self.window_size)
 
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         assert evidence.saliency is not None, "saliency is filled before planning"
@@ -348,7 +358,7 @@ class Lookahead(DraftPolicy):
 
     selection: "block", one set per verify block, exactly within the budget; "query", one set within the budget for
     each query, from its own row alone, so that what a query reads does not depend on blocks; their union is held.
-    observation_size: prompt rows that the head map is fitted on. weigh_rows: rows of the block count by the chance
+    weigh_rows: rows of the block count by the chance
     that the draft gives them (block only). group_reduction: over the query heads that share keys, "max" or "mean".
     tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
     many evicted tokens, as a multiple of the kept, are pooled by the draft's weights (`tail_term.py`; block only).
@@ -357,7 +367,6 @@ class Lookahead(DraftPolicy):
     residency: str = "offload"
     selection: str = "block"
     window_size: int = 8
-    observation_size: int = 128
     weigh_rows: bool = True
     group_reduction: str = "max"
     tail_factor: float = 0.5
@@ -368,15 +377,9 @@ class Lookahead(DraftPolicy):
         super().__post_init__()
         self._one_of("selection", SELECTIONS)
         self._one_of("group_reduction", REDUCTIONS)
-        if self.observation_size < 1:
-            raise UserError(f"policy.observation_size={self.observation_size} is not positive; give at least 1.")
         for key in ("tail_factor", "tail_pool"):
             if getattr(self, key) < 0:
                 raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")
-
-    @property
-    def num_observed(self) -> int:
-        return max(self.observation_size, self.window_size)
 
     def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
         choose = super().plan

@@ -14,8 +14,10 @@ def random_rows(heads, seed=0):
 
 
 def fit(draft, layers, method):
-    fit = HeadMapFit(SINKS)
-    fit.add(draft, layers)
+    fit = HeadMapFit(SINKS, len(layers))
+    fit.add_draft(draft)
+    for index, rows in enumerate(layers):
+        fit.add_layer(index, rows)
     return fit.solve(method)
 
 
@@ -103,9 +105,11 @@ def test_head_map_predicts_with_the_weights_of_its_layer():
 
 def test_a_fit_over_chunks_of_the_window_is_the_fit_over_all_of_it():
     draft, layers = random_rows(M), [random_rows(6, seed=1), random_rows(6, seed=2)]
-    chunked = HeadMapFit(SINKS)
+    chunked = HeadMapFit(SINKS, len(layers))
     for rows in (slice(0, 3), slice(3, W)):
-        chunked.add(draft[:, rows], [layer[:, rows] for layer in layers])
+        chunked.add_draft(draft[:, rows])
+        for index, layer in enumerate(layers):
+            chunked.add_layer(index, layer[:, rows])
     whole = fit(draft, layers, "mixture")
     torch.testing.assert_close(chunked.solve("mixture").weights, whole.weights, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(chunked.solve("mixture").similarity, whole.similarity, atol=1e-4, rtol=1e-4)
@@ -118,3 +122,17 @@ def test_a_group_keeps_what_one_of_its_heads_needs_under_max():
     largest, mean = (head_map.saliency(rows, 2, reduction) for reduction in ("max", "mean"))
     assert largest.tolist() == [[[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0]]]
     assert torch.equal(mean, largest / 2)
+
+
+def test_a_head_that_the_draft_cannot_tell_falls_back_on_its_own_history():
+    draft, history = random_rows(M), random_rows(2, seed=3)[:, 0]
+    target = torch.stack((history[:1].expand(W, -1), draft[3]))  # one head repeats itself, one follows the draft
+    fit = HeadMapFit(SINKS, 1)
+    fit.add_draft(draft)
+    fit.add_layer(0, target, history)
+    head_map = fit.solve("mixture")
+    assert head_map.history_weights is not None
+    assert head_map.history_weights.tolist() == [[1, 0]]
+    torch.testing.assert_close(head_map.predict(0, draft, history), target, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(head_map.similarity, torch.ones(1, 2), atol=1e-3, rtol=0)
+    assert fit.solve("one_hot").history_weights is None, "the paper's matching knows the draft alone"

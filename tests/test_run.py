@@ -49,6 +49,7 @@ def arguments(task: str, text_file: Path) -> list[str]:
     return {
         "generate": ["prompt=hello"],
         "fidelity": [f"task.text_file={text_file}", "task.context_tokens=64", "task.eval_tokens=4"],
+        "retrieval": ["task.num_items=5", "task.num_examples=1", "max_new_tokens=2"],
         "distill": [
             f"task.text_files=[{text_file}]",
             f"task.output_dir={text_file.parent}/distilled",

@@ -1,5 +1,7 @@
 """Turns of known tokens: what a decoder reads after prompt and eviction, and several turns over one cache."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import VOCAB
@@ -89,7 +91,8 @@ def test_resident_bytes_stay_within_budget_while_a_turn_is_read_and_afterwards(t
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])
 def test_the_drafts_rows_of_each_known_block_steer_the_targets_read_of_it(target, draft, prompt, num_draft_tokens):
     """At every plan the oracle holds the draft's true attention of exactly the tokens that are read next."""
-    decoder, seen = Decoder(target, draft, load_policy("specsmallkv", **SETTINGS), num_draft_tokens), []
+    policy = load_policy("specsmallkv", **SETTINGS)
+    decoder, seen, evict_block = Decoder(target, draft, policy, num_draft_tokens), [], policy.evict_block
     everything = decoder._rows(len(prompt), len(prompt))
     with torch.inference_mode():
         sequence = Decoder(draft, None, load_policy("full"), 0).start(prompt, 1)
@@ -112,7 +115,10 @@ def test_the_drafts_rows_of_each_known_block_steer_the_targets_read_of_it(target
 
     decoder.plan = checked_plan
     sequence, _ = extended(decoder, prompt[:101], prompt[101:])
-    assert seen == [4] * 12 + [1]
+    assert sum(seen) == len(prompt) - 101 and max(seen) == 4
+    ends = list(itertools.accumulate(seen, initial=101))
+    events = range(101 // evict_block * evict_block + evict_block, len(prompt), evict_block)
+    assert set(events) <= set(ends), "a block ends at every eviction event"
     assert sequence.evidence.oracle.block.buffer.shape[1] == num_draft_tokens + 1, "a turn's scratch is freed"
 
 
