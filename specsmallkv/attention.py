@@ -36,15 +36,28 @@ class AttentionRows:
         self.num_heads, self.first_position = num_heads, 0
         self.buffer = torch.zeros(num_layers * num_heads, num_rows, length, device=device)
         self.num_rows, self.length = num_rows, length
+        self.chances = [1.0]
 
     def start(self, first_position: int, num_rows: int) -> None:
         """Record the next `num_rows` queries, the first of which stands at `first_position`."""
         self.first_position, self.num_rows = first_position, num_rows
         self.length = first_position + num_rows
+        self.chances = [1.0]
+
+    def expect(self, probability: float) -> None:
+        """The draft gives its next proposal this probability: the row behind it matters by the product so far."""
+        self.chances.append(self.chances[-1] * probability)
 
     @property
     def values(self) -> Tensor:
         return self.buffer[:, : self.num_rows, : self.length]
+
+    def mean(self, by_chance: bool) -> Tensor:
+        """(M, N): mean over the rows, by the chance that their queries come to be (known tokens: plain)."""
+        if not by_chance or len(self.chances) != self.num_rows:
+            return self.values.mean(dim=1)
+        weights = torch.tensor(self.chances, device=self.buffer.device)
+        return torch.einsum("mtn,t->mn", self.values, weights / weights.sum())
 
     @property
     def nbytes(self) -> int:
@@ -230,6 +243,9 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
         call.rows.store(index, layer.seen, probabilities)
         if count == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
             return weighted_values(probabilities, values)
+    if layer.tail_term is not None and not call.everything:  # its odds need the mass on the sinks
+        probabilities = attention_probabilities(query, keys, scaling, mask)
+        return layer.tail_term.add(weighted_values(probabilities, values), probabilities)
     return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)
 
 

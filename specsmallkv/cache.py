@@ -90,6 +90,8 @@ class TieredLayer(CacheLayerMixin):
         self.kept_positions = torch.empty(0, 0, 0, dtype=torch.long)  # (B, H_kv, num_kept), sorted
         self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
         self.marginal_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_marginal, D)
+        self.older_value_sum = torch.empty(0, 0, 0)  # (B, H_kv, D) float32: sum of V over the host store
+        self.tail_term: Any = None  # a tail_term.TailTerm, set before each verify pass
         self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
         self.row_mask: Tensor | None = None  # (B, H_kv, q, num_kept) bool: what each verify query reads; None: all
         self.recall_bytes = 0  # moved from the host store since the reset
@@ -219,18 +221,21 @@ class TieredLayer(CacheLayerMixin):
         self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         self.kept_positions, self.tail_start = positions.gather(2, critical), tail_start
         self.marginal_v, self.marginal_positions = marginal_v, positions.gather(2, marginal)
-        self.marginal_weights, self.row_mask = None, row_mask
+        self.marginal_weights = self.tail_term = None
+        self.row_mask = row_mask
 
     def _flush(self, tail_start: int) -> None:
         """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
         if not self.store_k.numel():
             self.store_k, self.store_v = self.k.to(self.host), self.v.to(self.host)
+            self.older_value_sum = self.v[:, :, :tail_start].float().sum(dim=2)
             if self.shares_memory is None:
                 self.shares_memory = self.store_k.device == self.k.device
             return
         old, new = self.num_kept, self.num_kept + tail_start - self.tail_start
         self.store_k[:, :, self.tail_start : tail_start] = self.k[:, :, old:new].to(self.host)
         self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
+        self.older_value_sum += self.v[:, :, old:new].float().sum(dim=2)
 
     def _recall(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """K and V at positions `wanted` (B, H_kv, c). Over a bus only the entries that are not resident move."""

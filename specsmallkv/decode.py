@@ -20,7 +20,9 @@ from .oracle import AttentionOracle
 from .policies import Evidence, Policy
 from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
+from .tail_term import tail_term
 
+OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
 TURN_CHUNK = 32  # the same for known tokens that static policies read; bounds the draft's rows
 TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each would cost as much as decoding them
@@ -199,7 +201,8 @@ class Decoder:
         """
         sequence = self.start(base.tokens, base.limit - len(base.tokens))
         base.target.copy_to(sequence.target)
-        own, oracle, window = sequence.evidence.oracle, base.evidence.oracle, self.policy.window_size
+        own, oracle = sequence.evidence.oracle, base.evidence.oracle
+        window = min(self.policy.num_observed, base.target.seen)
         sequence.evidence = base.evidence.fork(self.policy.reads_mass)
         queries = base.evidence.queries
         sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
@@ -225,7 +228,7 @@ class Decoder:
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
         prompt = sequence.tokens
-        window = min(self.policy.window_size, len(prompt)) if self.policy.due(len(prompt)) else 0
+        window = min(self.policy.num_observed, len(prompt)) if self.policy.due(len(prompt)) else 0
         logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window], sequence.evidence.mass)
         return self.observe_target(sequence, prompt[-window:]) if window else logits
 
@@ -307,6 +310,9 @@ class Decoder:
             logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
             if step < count:
                 token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
+                if oracle is not None:
+                    chances = logits.softmax(-1) if distribution is None else distribution
+                    oracle.block.expect(float(chances[token]))
                 drafts.append(token)
                 probabilities.append(distribution)
                 pending = [token]
@@ -323,10 +329,15 @@ class Decoder:
                 looked = self.look([sequence], [drafts])[0] if looked is None else looked
                 sequence.evidence.saliency = looked[..., :seen]
             elif oracle is not None and self.policy.selection == "query":
-                sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at)
+                reduction = self.policy.group_reduction
+                sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at, reduction)
             elif oracle is not None:
-                sequence.evidence.saliency = oracle.lookahead_saliency(seen)
+                policy = self.policy
+                saliency = oracle.lookahead_saliency(seen, policy.weigh_rows, policy.group_reduction)
+                sequence.evidence.saliency = saliency
             self._retain(sequence)
+            if self.policy.tail_factor and oracle is not None and self.policy.selection == "block":
+                self._set_tail_terms(sequence, oracle)
         if self.policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
             for index, layer in enumerate(sequence.target.layers):
                 if layer.num_marginal:
@@ -426,24 +437,21 @@ class Decoder:
         if oracle is None:
             self._feed(self.draft_model, sequence.draft, window)
             return
-        end = sequence.draft.seen + len(window)
-        rows = self._rows(len(window), end)
-        rows.start(end - len(window), len(window))
-        self.forward(self.draft_model, sequence.draft, window, AttentionCall(self.attention, rows=rows))
-        oracle.fit(
-            rows.values,
-            evidence.queries,
-            sequence.target,
-            evidence.scaling,
-            self.policy.num_sink_tokens,
-            self.policy.matching,
-        )
+        for start in range(0, len(window), OBSERVED_CHUNK):
+            chunk = window[start : start + OBSERVED_CHUNK]
+            end = sequence.draft.seen + len(chunk)
+            rows = self._rows(len(chunk), end)
+            rows.start(end - len(chunk), len(chunk))
+            self.forward(self.draft_model, sequence.draft, chunk, AttentionCall(self.attention, rows=rows))
+            queries = {i: x[:, :, start : start + len(chunk)] for i, x in evidence.queries.items()}
+            oracle.observe(rows.values, queries, sequence.target, evidence.scaling, self.policy.num_sink_tokens)
+        oracle.fit(self.policy.matching)
 
     def _observe_if_needed(self, sequence: Sequence) -> None:
         """A prompt too short to evict left no window: read the last tokens once more, now that it matters."""
         if sequence.evidence.queries:
             return
-        window = sequence.tokens[: sequence.target.seen][-self.policy.window_size :]
+        window = sequence.tokens[: sequence.target.seen][-self.policy.num_observed :]
         start = sequence.target.seen - len(window)
         sequence.target.rollback(len(window))
         self.observe_target(sequence, window)
@@ -487,6 +495,19 @@ class Decoder:
             layer.retain(*self.policy.plan(index, layer, sequence.evidence, sequence.evicted_at))
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
+
+    def _set_tail_terms(self, sequence: Sequence, oracle: AttentionOracle) -> None:
+        policy, saliency = self.policy, sequence.evidence.saliency
+        assert saliency is not None, "planned before"
+        for index, layer in enumerate(sequence.target.layers):
+            layer.tail_term = tail_term(
+                oracle.predict(index),
+                saliency[index],
+                layer,
+                policy.num_sink_tokens,
+                policy.tail_factor,
+                policy.tail_pool,
+            )
 
     def _rows(self, num_rows: int, length: int) -> AttentionRows:
         assert self.draft_model is not None

@@ -8,12 +8,14 @@ sinks are alike in all heads and would drown the rest.
 M = draft layers x draft heads; all rows float32. This file does not know where rows come from or what they decide.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 METHODS = ("one_hot", "mixture")
+REDUCTIONS = ("mean", "max")
 NUM_MIXED_HEADS = 16  # prototype, Qwen2.5-Coder pair: .49 cosine for the best single head, .57 for 4, .60 for 16
 NUM_SWEEPS = 50  # coordinate descent; 16 unknowns converge in far fewer
 
@@ -29,11 +31,15 @@ class HeadMap:
         """Predicted target rows (H_q, T, N) of one layer from draft rows (M, T, N)."""
         return torch.einsum("hm,mtn->htn", self.weights[layer], rows)
 
-    def saliency(self, mean_rows: Tensor, num_kv_heads: int) -> Tensor:
-        """Predictions averaged over the heads of each group: (L, H_kv, N) from row means (M, N)."""
+    def saliency(self, mean_rows: Tensor, num_kv_heads: int, reduction: str = "mean") -> Tensor:
+        """Predictions of row means (M, N), reduced over the heads of each group: (L, H_kv, N)."""
         layers, heads, _ = self.weights.shape
-        grouped = self.weights.view(layers, num_kv_heads, heads // num_kv_heads, -1).mean(dim=2)
-        return grouped @ mean_rows
+        grouped = self.weights.view(layers, num_kv_heads, heads // num_kv_heads, -1)
+        if reduction == "mean":
+            return grouped.mean(dim=2) @ mean_rows
+        return torch.stack(
+            [(layer @ mean_rows).amax(dim=1) for layer in grouped]
+        )  # layer by layer: 1 / L of the memory
 
 
 def nonnegative_least_squares(gram: Tensor, correlation: Tensor) -> Tensor:
@@ -54,30 +60,31 @@ def nonnegative_least_squares(gram: Tensor, correlation: Tensor) -> Tensor:
 
 
 class HeadMapFit:
-    """Collects one layer's correlations at a time, so that the target's rows never exist for all layers at once."""
+    """Sums that the least squares need, over chunks of the window: no rows exist for all of it, or for all layers."""
 
-    def __init__(self, draft_rows: Tensor, num_sink_tokens: int):
-        """draft_rows: (M, W, N) of the observation window."""
+    def __init__(self, num_sink_tokens: int):
         self.sinks = num_sink_tokens
-        self.draft = self._columns(draft_rows)  # (M, W * N')
-        self.gram = self.draft @ self.draft.T  # (M, M)
-        self.correlations: list[Tensor] = []
-        self.norms: list[Tensor] = []
+        self.gram: Tensor | float = 0.0  # (M, M)
+        self.correlations: list[Tensor] = []  # per layer (H_q, M)
+        self.squares: list[Tensor] = []  # per layer (H_q,)
 
     def _columns(self, rows: Tensor) -> Tensor:
         return rows[..., self.sinks :].reshape(rows.shape[0], -1)
 
-    def add_layer(self, target_rows: Tensor) -> None:
-        """target_rows: (H_q, W, N), the same queries and keys."""
-        target = self._columns(target_rows)
-        self.correlations.append(target @ self.draft.T)
-        self.norms.append(target.norm(dim=-1))
+    def add(self, draft_rows: Tensor, target_rows: Iterable[Tensor]) -> None:
+        """draft_rows (M, W, N); target_rows: (H_q, W, N) of each layer, the same queries and keys."""
+        draft = self._columns(draft_rows)
+        self.gram = self.gram + draft @ draft.T
+        sums = [(target @ draft.T, target.square().sum(-1)) for target in map(self._columns, target_rows)]
+        if self.correlations:
+            sums = [(a + c, b + d) for (a, b), c, d in zip(sums, self.correlations, self.squares, strict=True)]
+        self.correlations, self.squares = [a for a, _ in sums], [b for _, b in sums]
 
     def solve(self, method: str) -> HeadMap:
         """ "one_hot": the most similar draft head (paper); "mixture": non-negative least squares over the best few."""
-        self.draft = self.draft[:, :0]  # the rows have served
         assert method in METHODS, f"matching is {method!r}, expected one of {METHODS}"
-        correlation, norms = torch.stack(self.correlations), torch.stack(self.norms)  # (L, H_q, M), (L, H_q)
+        assert isinstance(self.gram, Tensor), "rows are added before solving"
+        correlation, norms = torch.stack(self.correlations), torch.stack(self.squares).sqrt()  # (L, H_q, M), (L, H_q)
         lengths = self.gram.diagonal().clamp_min(1e-12).sqrt()
         count = 1 if method == "one_hot" else min(NUM_MIXED_HEADS, len(self.gram))
         best = (correlation / lengths).topk(count, dim=-1).indices  # (L, H_q, n)
@@ -85,11 +92,14 @@ class HeadMapFit:
         mixed = nonnegative_least_squares(gram, correlation.gather(-1, best))
         mixed[..., 0] += (mixed.sum(-1) == 0).float()  # nothing correlates: fall back on the most similar
         weights = torch.zeros_like(correlation).scatter(-1, best, mixed)
-        return HeadMap(weights / weights.sum(-1, keepdim=True), self._cosine(weights, correlation, norms))
+        similarity = cosine(weights, self.gram, correlation, norms)
+        return HeadMap(weights / weights.sum(-1, keepdim=True), similarity)
 
-    def _cosine(self, weights: Tensor, correlation: Tensor, norms: Tensor) -> Tensor:
-        predicted = ((weights @ self.gram) * weights).sum(-1).clamp_min(1e-24).sqrt()
-        return (weights * correlation).sum(-1) / (predicted * norms).clamp_min(1e-12)
+
+def cosine(weights: Tensor, gram: Tensor, correlation: Tensor, norms: Tensor) -> Tensor:
+    """Of mixtures and targets, (L, H_q), from the sums of a fit."""
+    predicted = ((weights @ gram) * weights).sum(-1).clamp_min(1e-24).sqrt()
+    return (weights * correlation).sum(-1) / (predicted * norms).clamp_min(1e-12)
 
 
 def marginal_weights(predicted: Tensor, kept: Tensor, marginal: Tensor, tail_start: int, compensation: str) -> Tensor:

@@ -34,25 +34,27 @@ class AttentionOracle:
         assert self._fit is not None, "fit before asking"
         return self._fit.sinks
 
-    def fit(
-        self,
-        draft_rows: Tensor,
-        queries: dict[int, Tensor],
-        cache: TieredCache,
-        scaling: float,
-        num_sinks: int,
-        method: str,
+    def observe(
+        self, draft_rows: Tensor, queries: dict[int, Tensor], cache: TieredCache, scaling: float, num_sinks: int
     ) -> None:
-        """Fit the head map on the observation window and let its mean be the first interval.
+        """Another chunk of the observation window: evidence for the head map and for the first interval.
 
-        draft_rows (M, W, N); queries per target layer (1, H_q, W, D); the cache still holds all N tokens.
+        draft_rows (M, W, N) end with the query at N - 1; queries per target layer (1, H_q, W, D) are the same ones;
+        the cache still holds all tokens.
         """
-        fit = HeadMapFit(draft_rows, num_sinks)
-        for index, layer in enumerate(cache.layers):
-            fit.add_layer(attention_probabilities(queries[index], layer.keys, scaling)[0])
-        self._fit, self.head_map = fit, fit.solve(method)
-        self._sum[:, : draft_rows.shape[2]] = draft_rows.sum(dim=1)
-        self._count = draft_rows.shape[1]
+        self._fit, length = self._fit or HeadMapFit(num_sinks), draft_rows.shape[2]
+        target_rows = (
+            attention_probabilities(queries[index], layer.keys[:, :, :length], scaling)[0]
+            for index, layer in enumerate(cache.layers)
+        )
+        self._fit.add(draft_rows, target_rows)
+        self._sum[:, :length] += draft_rows.sum(dim=1)
+        self._count += draft_rows.shape[1]
+
+    def fit(self, method: str) -> None:
+        """The head map of all that was observed."""
+        assert self._fit is not None, "observe before fitting"
+        self.head_map = self._fit.solve(method)
 
     def share(self, method: str) -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""
@@ -85,12 +87,12 @@ class AttentionOracle:
         self._sum /= 2
         self._count /= 2
 
-    def lookahead_saliency(self, length: int) -> Tensor:
-        """(L, H_kv, length): mean over the rows of the coming verify block."""
+    def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
+        """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.saliency(self.block.values[:, :, :length].mean(dim=1), self.num_kv_heads)
+        return self.head_map.saliency(self.block.mean(by_chance)[:, :length], self.num_kv_heads, reduction)
 
-    def row_saliencies(self, length: int) -> Tensor:
+    def row_saliencies(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
 
         What enters here may depend on that row and on what is fixed at eviction events, else `selection=query` is not
@@ -98,7 +100,8 @@ class AttentionOracle:
         """
         assert self.head_map is not None, "the head map is fitted before anybody asks"
         rows = self.block.values[:, :, :length].unbind(dim=1)
-        return torch.stack([self.head_map.saliency(row.contiguous(), self.num_kv_heads) for row in rows], dim=2)
+        predictions = [self.head_map.saliency(row.contiguous(), self.num_kv_heads, reduction) for row in rows]
+        return torch.stack(predictions, dim=2)
 
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import AttentionMass, attention_probabilities
 from .cache import RESIDENCIES, Candidates, TieredLayer
 from .errors import UserError
-from .matching import METHODS
+from .matching import METHODS, REDUCTIONS
 from .oracle import AttentionOracle
 
 
@@ -83,6 +83,9 @@ class Policy(ABC):
     every_round = False  # chooses anew before each verify pass (else once per eviction event)
     selection = "block"  # whose set a verify pass reads: the block's, or each query its own
     matching = "mixture"
+    group_reduction = "mean"  # of predictions over the query heads that share keys
+    weigh_rows = False  # rows of a verify block count by the chance that they are accepted
+    tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     compensation = "none"
 
@@ -106,6 +109,11 @@ class Policy(ABC):
     @property
     def evicts(self) -> bool:
         return self.kv_budget < 1
+
+    @property
+    def num_observed(self) -> int:
+        """Rows of the prompt's observation window."""
+        return self.window_size
 
     @property
     def reads_draft(self) -> bool:
@@ -218,6 +226,7 @@ class SnapKV(Policy):
         return torch.where(positions <= last, frozen.gather(-1, positions.clamp(max=last)), recency)
 
     def _window_scores(self, queries: Tensor, layer: TieredLayer, scaling: float) -> Tensor:
+        queries = queries[:, :, -self.window_size :]
         window = queries.shape[2]
         rows = attention_probabilities(queries, layer.keys, scaling)[..., :-window].mean(dim=2)  # (1, H_q, N - W)
         pooled = F.avg_pool1d(rows, self.kernel_size, stride=1, padding=self.kernel_size // 2)
@@ -339,15 +348,35 @@ class Lookahead(DraftPolicy):
 
     selection: "block", one set per verify block, exactly within the budget; "query", one set within the budget for
     each query, from its own row alone, so that what a query reads does not depend on blocks; their union is held.
+    observation_size: prompt rows that the head map is fitted on. weigh_rows: rows of the block count by the chance
+    that the draft gives them (block only). group_reduction: over the query heads that share keys, "max" or "mean".
+    tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
+    many evicted tokens, as a multiple of the kept, are pooled by the draft's weights (`tail_term.py`; block only).
     """
 
     residency: str = "offload"
     selection: str = "block"
+    window_size: int = 8
+    observation_size: int = 128
+    weigh_rows: bool = True
+    group_reduction: str = "max"
+    tail_factor: float = 0.5
+    tail_pool: float = 2.0
     every_round = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("selection", SELECTIONS)
+        self._one_of("group_reduction", REDUCTIONS)
+        if self.observation_size < 1:
+            raise UserError(f"policy.observation_size={self.observation_size} is not positive; give at least 1.")
+        for key in ("tail_factor", "tail_pool"):
+            if getattr(self, key) < 0:
+                raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")
+
+    @property
+    def num_observed(self) -> int:
+        return max(self.observation_size, self.window_size)
 
     def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
         choose = super().plan

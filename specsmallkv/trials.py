@@ -79,7 +79,7 @@ class Trial:
         self.jaccard += jaccard
 
 
-def step(base: "Base", trials: list[Trial], text: list[int], block: Block) -> None:
+def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) -> None:
     """One verify block of all trials, the first of which is the full cache's, in one pass of the target."""
     sequences, drafts = [trial.sequence for trial in trials], block.drafts
     for sequence in sequences:
@@ -154,8 +154,11 @@ class Base:
         if gold:
             decoder.forward(decoder.draft_model, cache, tokens + following, call)
             return following
-        for _ in range(count + 1):
-            tokens.append(int(decoder.forward(decoder.draft_model, cache, tokens[-1:], call)[-1].argmax()))
+        for step in range(count + 1):
+            probabilities = decoder.forward(decoder.draft_model, cache, tokens[-1:], call)[-1].softmax(-1)
+            tokens.append(int(probabilities.argmax()))
+            if oracle is not None and step < count:
+                oracle.block.expect(float(probabilities.max()))
         return tokens[1 : count + 1]
 
     def rewind(self, position: int) -> None:
@@ -196,7 +199,7 @@ def run_trials(
     while position < len(text) - 1:
         drafts = base.draft(text, position, gold)
         count = matching_prefix(drafts, text[position + 1 :]) + 1
-        step(base, [full, *trials], text, Block(position, drafts, count, measure=number % MEASURE_EVERY == 0))
+        advance(base, [full, *trials], text, Block(position, drafts, count, measure=number % MEASURE_EVERY == 0))
         base.rewind(position + count)
         progress(count)
         position, number = position + count, number + 1

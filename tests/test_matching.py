@@ -14,9 +14,8 @@ def random_rows(heads, seed=0):
 
 
 def fit(draft, layers, method):
-    fit = HeadMapFit(draft, SINKS)
-    for rows in layers:
-        fit.add_layer(rows)
+    fit = HeadMapFit(SINKS)
+    fit.add(draft, layers)
     return fit.solve(method)
 
 
@@ -100,3 +99,22 @@ def test_head_map_predicts_with_the_weights_of_its_layer():
     weights = torch.eye(4).view(2, 2, 4)
     rows = torch.rand(4, 2, 3)
     assert torch.equal(HeadMap(weights, torch.ones(2, 2)).predict(1, rows), rows[2:])
+
+
+def test_a_fit_over_chunks_of_the_window_is_the_fit_over_all_of_it():
+    draft, layers = random_rows(M), [random_rows(6, seed=1), random_rows(6, seed=2)]
+    chunked = HeadMapFit(SINKS)
+    for rows in (slice(0, 3), slice(3, W)):
+        chunked.add(draft[:, rows], [layer[:, rows] for layer in layers])
+    whole = fit(draft, layers, "mixture")
+    torch.testing.assert_close(chunked.solve("mixture").weights, whole.weights, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(chunked.solve("mixture").similarity, whole.similarity, atol=1e-4, rtol=1e-4)
+
+
+def test_a_group_keeps_what_one_of_its_heads_needs_under_max():
+    weights = torch.eye(4).unsqueeze(0)  # each of four heads follows its own draft head
+    head_map = HeadMap(weights, torch.ones(1, 4))
+    rows = torch.eye(4, 6)
+    largest, mean = (head_map.saliency(rows, 2, reduction) for reduction in ("max", "mean"))
+    assert largest.tolist() == [[[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0]]]
+    assert torch.equal(mean, largest / 2)

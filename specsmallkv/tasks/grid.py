@@ -77,5 +77,7 @@ def parse_entry(entry: str) -> tuple[str, dict[str, Any]]:
 
 def neediest(policies: list[Policy]) -> Policy:
     """A policy whose prefill leaves what all need: the draft's rows if any reads them, and the widest window."""
-    policy = min(policies, key=lambda policy: (not policy.reads_draft, policy.kv_budget))
-    return replace(policy, window_size=max(policy.window_size for policy in policies))
+    policy = min(policies, key=lambda policy: (not policy.reads_draft, policy.kv_budget, -policy.num_observed))
+    field = "observation_size" if hasattr(policy, "observation_size") else "window_size"
+    widest: dict[str, Any] = {field: max(policy.num_observed for policy in policies)}
+    return replace(policy, **widest)
