@@ -7,7 +7,7 @@ The draft always runs before the target, so its attention rows for the very toke
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -196,18 +196,34 @@ class Decoder:
         """Another sequence after the prompt that `base` has read, compressed by this decoder's policy.
 
         The target's cache is a copy; the draft's cache, its rows and the fit are the base's own. The draft's cache
-        must be rolled back to the prompt before another branch uses it.
+        must be rolled back to the prompt before another branch uses it. The base's observation window must be as wide
+        as this policy's; if it is wider, or has other sinks, the draft reads its end again for a fit of its own.
         """
         sequence = self.start(base.tokens, base.limit - len(base.tokens))
         base.target.copy_to(sequence.target)
         own, oracle = sequence.evidence.oracle, base.evidence.oracle
+        window = min(self.policy.num_observed, base.target.seen)
         sequence.evidence = base.evidence.fork(self.policy.reads_mass)
+        queries = base.evidence.queries
+        sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
         if own is not None and oracle is not None and oracle.head_map is not None:
-            own = oracle.share(self.policy.matching)
+            if queries[0].shape[2] == window and oracle.num_sinks == self.policy.num_sink_tokens:
+                own = oracle.share(self.policy.matching)
+            else:
+                own.block = oracle.block
+                self._observe_end(base, own, sequence.evidence.queries)
         sequence.evidence.oracle = own
         sequence.draft, sequence.settled = base.draft if self.draft_model else None, True
         self.evict(sequence, after_prefill=True)
         return sequence
+
+    def _observe_end(self, base: Sequence, oracle: AttentionOracle, queries: dict[int, Tensor]) -> None:
+        """Fit a branch's oracle on the end of the base's window: as many tokens as there are queries."""
+        assert base.draft is not None
+        window = base.tokens[: base.target.seen][-queries[0].shape[2] :]
+        base.draft.rollback(len(window))
+        evidence = replace(base.evidence, oracle=oracle, queries=queries)
+        self.observe_draft(replace(base, evidence=evidence), window)
 
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""

@@ -61,14 +61,20 @@ class Display:
         self.console.print(table)
 
     def fidelity(self, results: list[dict[str, Any]]) -> None:
-        """One line per policy and budget."""
-        table = Table(title="distance to the full cache", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for name in ("policy", "kv_budget", "KL mean", "top-1", "recall", "bytes", "KL / snapkv"):
-            table.add_column(name)
-        for r in results:
-            ratio = f"{r['kl_ratio_to_snapkv']:.3f}" if "kl_ratio_to_snapkv" in r else ""
-            numbers = (f"{r[key]:.4f}" for key in ("kl_mean", "top1_agreement", "attention_recall", "kv_share_mean"))
-            table.add_row(r["policy"], str(r["kv_budget"]), *numbers, ratio)
+        """One line per kind of rows, policy and budget; of several texts the means alone."""
+        means = [row for row in results if row["text"] == "mean"]
+        texts = len({row["text"] for row in results}) - 1
+        title = "distance to the full cache" + (f", mean of {texts} texts" if means else "")
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        columns = ("kl_mean", "top1_agreement", "attention_recall", "kv_share_mean", "total_share_mean")
+        names = "KL mean", "top-1", "recall", "bytes", "with draft", "KL / snapkv", "KL / oracle"
+        for name in ("rows", "policy", "kv_budget", *names):
+            table.add_column(name, overflow="fold")  # a variant's name may be long
+        for row in means or results:
+            numbers = [f"{row[key]:.4f}" for key in columns]
+            ratios = [row.get(f"kl_ratio_to_{rival}") for rival in ("snapkv", "oracle")]
+            ratios = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
+            table.add_row(row["rows"], row["policy"], f"{row['kv_budget']:.4g}", *numbers, *ratios)
         self.console.print(table)
 
     def retrieval(self, results: list[dict[str, Any]]) -> None:

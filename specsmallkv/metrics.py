@@ -71,11 +71,19 @@ class Scores:
         self.nll_full += (-full.gather(1, index)).squeeze(1).tolist()
 
 
-def bootstrap_interval(ours: list[float], others: list[float], runs: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of mean(ours) / mean(others), positions resampled in pairs."""
+def bootstrap_interval(
+    ours: list[list[float]], others: list[list[float]], runs: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of the ratio of two means over texts, each a mean over its positions.
+
+    Positions are resampled in pairs within each text; a text counts as much as any other.
+    """
     generator = torch.Generator().manual_seed(seed)
-    pairs = torch.tensor([ours, others])
-    index = torch.randint(pairs.shape[1], (runs, pairs.shape[1]), generator=generator)
-    means = pairs[:, index].mean(-1).clamp_min(1e-12)
+    totals = torch.zeros(2, runs)
+    for pair in zip(ours, others, strict=True):
+        positions = torch.tensor(pair)  # (2, n)
+        index = torch.randint(positions.shape[1], (runs, positions.shape[1]), generator=generator)
+        totals += positions[:, index].mean(-1)
+    means = (totals / len(ours)).clamp_min(1e-12)
     low, high = (means[0] / means[1]).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high

@@ -29,6 +29,12 @@ class AttentionOracle:
         """Scratch on the device."""
         return self.block.nbytes + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
 
+    @property
+    def num_sinks(self) -> int:
+        """First columns that the fit left out."""
+        assert self._fit is not None, "fit before asking"
+        return self._fit.sinks
+
     def observe(
         self,
         draft_rows: Tensor,

@@ -1,11 +1,15 @@
 """A trial of task=fidelity begins where decoding of the same prompt begins, and all trials share their passes."""
 
+import itertools
+
 import pytest
 import torch
 
 from specsmallkv import SpecSmallKV, load_policy
 from specsmallkv.decode import Decoder
-from specsmallkv.tasks.fidelity import Block, mean, open_trial, prefill_once, step
+from specsmallkv.tasks.fidelity_results import mean
+from specsmallkv.tasks.grid import neediest
+from specsmallkv.trials import Block, advance, open_trial, prefill_once
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
@@ -19,7 +23,7 @@ def trials():
     policies = [load_policy(name, kv_budget=0.3) for name in NAMES]
     with torch.inference_mode():
         base = prefill_once(spec, policies[-1], text, 240, policies)  # h2o needs what the base's policy does not
-        return spec, text[:240], {policy.name: open_trial(spec, policy, base) for policy in policies}
+        return spec, text[:240], {policy.name: open_trial(base, policy) for policy in policies}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,10 +35,43 @@ def test_a_trial_keeps_the_tokens_that_decoding_keeps(trials, name):
         sequence.tokens.append(int(decoder.prefill(sequence).argmax()))
         decoder.prefill_draft(sequence)
         decoder.evict(sequence, after_prefill=True)
-    for ours, theirs in zip(opened[name].sequence.target.layers, sequence.target.layers, strict=True):
-        assert torch.equal(ours.positions, theirs.positions) and ours.num_slots < 240
+    assert_same_tokens(opened[name].sequence, sequence)
+    assert all(layer.num_slots < 240 for layer in sequence.target.layers)
+
+
+def assert_same_tokens(one, other):
+    for ours, theirs in zip(one.target.layers, other.target.layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
         assert torch.equal(ours.marginal_positions, theirs.marginal_positions)
         assert ours.k.shape == theirs.k.shape
+
+
+@pytest.mark.parametrize("name", ["snapkv", "smallkv", "smallkv_paper"])
+@pytest.mark.parametrize(
+    "options", [{"window_size": 9}, {"num_sink_tokens": 1}, {"window_size": 9, "num_sink_tokens": 0}]
+)
+@torch.inference_mode()
+def test_a_trial_with_a_narrower_window_or_other_sinks_than_its_neighbours_is_still_its_own(name, options):
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
+    policies = [load_policy(name, kv_budget=0.3, **options), load_policy("smallkv", kv_budget=0.4)]
+    policies.append(load_policy("specsmallkv", kv_budget=0.4, observation_size=70))
+    base = prefill_once(spec, neediest(policies), text, 240, policies)
+    opened = [open_trial(base, policy) for policy in (*policies, policies[0])]  # none leaves a trace in the base
+    for trial in opened:
+        decoder = Decoder(spec.pair.target, spec.pair.draft, trial.policy, 3)
+        sequence = decoder.start(text[:240], 20)
+        sequence.tokens.append(int(decoder.prefill(sequence).argmax()))
+        decoder.settle(sequence)
+        assert_same_tokens(trial.sequence, sequence)
+        assert trial.policy.every_round or trial.sequence.target.layers[0].num_slots < 240
+        own, theirs = trial.sequence.evidence, sequence.evidence
+        assert own.queries[0].shape == theirs.queries[0].shape
+        if own.oracle:
+            assert own.oracle.block is base.sequence.evidence.oracle.block
+            torch.testing.assert_close(
+                own.oracle.head_map.weights, theirs.oracle.head_map.weights, atol=1e-3, rtol=1e-3
+            )
 
 
 @torch.inference_mode()
@@ -44,13 +81,31 @@ def test_the_full_cache_in_bfloat16_is_at_distance_zero_from_itself_in_every_blo
     text = torch.randint(1, 320, (160,), generator=torch.Generator().manual_seed(1)).tolist()
     policies = [load_policy(name, kv_budget=0.4, evict_block=8) for name in ("snapkv", "full", "oracle")]
     base = prefill_once(spec, policies[0], text, 120, policies)
-    trials = [open_trial(spec, policy, base) for policy in (load_policy("full"), *policies)]
+    trials = [open_trial(base, policy) for policy in (load_policy("full"), *policies)]
     position = 120
     for count in (4, 4, 2, 1, 3, 2):  # scored of a block of up to 4; the rest is rolled back
         drafts = text[position + 1 : position + min(4, 8 - position % 8)]
-        step(base, trials, text, Block(position, drafts, count, measure=True))
+        advance(base, trials, text, Block(position, drafts, count, measure=True))
         position += count
     reference, snapkv, full, oracle = trials
     assert reference.scores.kl == full.scores.kl == [0.0] * 16
     assert 0 < mean(oracle.scores.kl) < mean(snapkv.scores.kl)
     assert mean(full.recall[-1]) == pytest.approx(1) and mean(snapkv.recall[-1]) < mean(oracle.recall[-1]) < 1
+
+
+@torch.inference_mode()
+def test_gold_blocks_are_the_text_and_drafted_ones_the_drafts_cut_where_any_policy_evicts():
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    text = torch.randint(1, 320, (160,), generator=torch.Generator().manual_seed(1)).tolist()
+    policies = [load_policy("smallkv", kv_budget=0.4), load_policy("snapkv", kv_budget=0.4, evict_block=6)]
+    base = prefill_once(spec, policies[0], text, 120, policies)
+    assert base.draft(text, 120, gold=True) == text[121:124]
+    base.rewind(120)
+    drafted = base.draft(text, 120, gold=False)
+    assert drafted != text[121:124] and len(drafted) == 3
+    chances = base.sequence.evidence.oracle.block.chances
+    assert len(chances) == 4 and all(a > b for a, b in itertools.pairwise(chances)), "of each row to come to be"
+    base.rewind(120)
+    assert base.draft(text, 120, gold=False) == drafted, "a rewound draft has forgotten the block"
+    base.rewind(123)
+    assert len(base.draft(text, 123, gold=True)) == 2, "snapkv evicts at 126"

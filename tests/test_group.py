@@ -64,10 +64,11 @@ def test_rows_of_unequal_lengths_and_sets_equal_each_row_alone(both):
 
 
 def test_the_rows_really_differ(rows):
-    """Else the test above would prove little: marginal weights, row masks and uneven layers are among them."""
+    """Else the test above would prove little: weights, tail terms, row masks, uneven layers are among them."""
     layers = [sequence.target.layers for _, sequence, _ in rows]
     assert len({row[0].seen for row in layers}) == len(ROWS)
     assert any(layer.marginal_weights is not None for row in layers for layer in row)
+    assert any(layer.tail_term is not None for row in layers for layer in row)
     assert any(layer.row_mask is not None for row in layers for layer in row)
     assert any(len({layer.num_slots for layer in row}) > 1 for row in layers)
 

@@ -1,0 +1,111 @@
+"""The rows of `task=fidelity`'s results: one per text, kind of rows, policy and budget, their means, and ratios."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..metrics import bootstrap_interval
+from ..trials import Trial
+
+MEAN = "mean"  # what stands for the text's name in rows of means
+RIVALS = ("snapkv", "oracle")  # whose KL at the same budget every other's is divided by
+SUMMED = ("scored_tokens", "recall_bytes")
+AVERAGED = (
+    "kl_mean",
+    "kl_median",
+    "top1_agreement",
+    "nll",
+    "nll_full",
+    "attention_recall",
+    "jaccard",
+    "kv_share_mean",
+    "total_share_mean",
+    "new_per_round",
+)
+
+
+@dataclass
+class Result:
+    """figures: a row of the record. kl: per text, of every position. budget: by which rows are compared."""
+
+    figures: dict[str, Any]
+    kl: list[list[float]]
+    budget: float
+
+    def key(self, *names: str) -> tuple[Any, ...]:
+        return (*(self.figures[name] for name in names), self.budget)
+
+
+def summary(trial: Trial, text: str, rows: str) -> Result:
+    """What one trial measured on one text."""
+    scores, counters, cache = trial.scores, trial.sequence.counters, trial.sequence.target
+    figures: dict[str, Any] = {
+        "text": text,
+        "rows": rows,
+        "policy": trial.policy.name,
+        "kv_budget": trial.policy.kv_budget,
+        "scored_tokens": len(scores.kl),
+        "kl_mean": mean(scores.kl),
+        "kl_median": float(torch.tensor(scores.kl).median()),
+        "top1_agreement": mean(scores.agrees),
+        "nll": mean(scores.nll),
+        "nll_full": mean(scores.nll_full),
+        "attention_recall": mean([share for layers in trial.recall for share in layers]),
+        "attention_recall_per_layer": [mean(layer) for layer in zip(*trial.recall, strict=True)],
+        "jaccard": mean(trial.jaccard),
+        "kv_share_mean": mean(trial.byte_share),
+        "total_share_mean": mean(trial.total_share),
+        "target_kv_bytes": counters.max_target_bytes,
+        "target_kv_bytes_full": counters.full_bytes_then,
+        "target_kv_host_bytes": cache.host_nbytes,
+        "recall_bytes": cache.recall_bytes,
+        "new_per_round": mean(counters.new_entries),
+        "kept_per_layer": cache.kept_per_layer(),
+    }
+    if trial.budget != trial.policy.kv_budget:
+        figures["matched_budget"] = trial.budget
+    return Result(figures, [scores.kl], trial.budget)
+
+
+def with_means(results: list[Result]) -> list[Result]:
+    """The results and, if there are several texts, their means over the texts."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.key("rows", "policy"), []).append(result)
+    several = any(len(group) > 1 for group in groups.values())
+    return results + ([over_texts(group) for group in groups.values()] if several else [])
+
+
+def over_texts(results: list[Result]) -> Result:
+    """One policy and budget over its texts: means, sums, and the bytes of the text that held most."""
+    rows = [result.figures for result in results]
+    figures = dict(max(rows, key=lambda row: row["target_kv_bytes"])) | {"text": MEAN}
+    figures |= {key: sum(row[key] for row in rows) for key in SUMMED}
+    figures |= {key: mean(row[key] for row in rows) for key in AVERAGED}
+    per_layer = zip(*(row["attention_recall_per_layer"] for row in rows), strict=True)
+    figures["attention_recall_per_layer"] = [mean(layer) for layer in per_layer]
+    return Result(figures, [kl for result in results for kl in result.kl], results[0].budget)
+
+
+def with_ratios(results: list[Result]) -> list[dict[str, Any]]:
+    """The rows, each beside snapkv and the oracle at its budget, if they were measured."""
+    found = {result.key("text", "rows", "policy"): result for result in results}
+    for result in results:
+        row = result.figures
+        for name in RIVALS:
+            rival = found.get((row["text"], row["rows"], name, result.budget))
+            if rival is None:
+                continue
+            row[f"kl_ratio_to_{name}"] = row["kl_mean"] / max(rival.figures["kl_mean"], 1e-12)
+            row[f"kl_ratio_to_{name}_interval"] = bootstrap_interval(result.kl, rival.kl)
+            if name == "oracle":
+                row["top1_minus_oracle"] = row["top1_agreement"] - rival.figures["top1_agreement"]
+    return [result.figures for result in results]
+
+
+def mean(values: Iterable[float]) -> float:
+    """NaN, which a record shows as null, if there are none."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")

@@ -1,0 +1,207 @@
+"""Teacher-forced trials: several policies and the full cache read one text in the same passes of the target.
+
+The first tokens of the text are the prompt, which is read once; every trial begins with a copy of the target's cache.
+What follows is read in verify blocks: the draft reads a block once, the target in one pass with a batch row for each
+trial. So all are compared on the same positions, rounding in passes of one shape is no distance, and a trial costs
+little more than its share of attention.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .attention import AttentionCall, AttentionMass
+from .cache import TieredCache
+from .decode import Decoder, Sequence
+from .generator import SpecSmallKV
+from .metrics import Scores, attention_recall, jaccard_of_top
+from .policies import Policy
+from .presets import load_policy
+
+MEASURE_EVERY = 8  # blocks between two looks at the attention itself, which costs a full read
+
+
+@dataclass
+class Block:
+    """A verify block that begins with the text's token at `position`; the first `count` positions are scored.
+
+    A position is scored if every token read up to it is the text's own. measure: look at the attention itself too.
+    """
+
+    position: int
+    drafts: list[int]
+    count: int
+    measure: bool
+
+
+@dataclass
+class Trial:
+    """One policy at one budget: its own target cache, the shared draft. The full cache is a trial as well.
+
+    budget: of `task.kv_budgets`, by which trials are compared; the policy's own may differ (bytes matched in total).
+    """
+
+    policy: Policy
+    budget: float
+    decoder: Decoder
+    sequence: Sequence
+    scores: Scores = field(default_factory=Scores)
+    recall: list[list[float]] = field(default_factory=list)
+    jaccard: list[float] = field(default_factory=list)
+    byte_share: list[float] = field(default_factory=list)
+    total_share: list[float] = field(default_factory=list)
+
+    def score(self, logits: Tensor, full: Tensor, following: list[int]) -> None:
+        """logits (n, V) and the full cache's log-probabilities `full` (n, V) of the scored positions."""
+        self.scores.add(logits, full, following)
+
+    def weigh(self, draft: TieredCache | None) -> None:
+        """Note the target's bytes in use, and with the draft's if the policy reads it, over a full cache's."""
+        target, extra = self.sequence.target, draft.nbytes if draft and self.policy.reads_draft else 0
+        self.byte_share.append(target.nbytes / target.full_nbytes)
+        self.total_share.append((target.nbytes + extra) / target.full_nbytes)
+
+    def commit(self, block: Block, text: list[int]) -> None:
+        """Drop what the text does not say."""
+        self.sequence.tokens = text[: block.position + block.count + 1]
+        self.decoder.rollback(self.sequence, len(block.drafts) + 1 - block.count)
+
+    def measure(self, queries: dict[int, Tensor], full: TieredCache) -> None:
+        """Attention mass and overlap per layer, by the full cache's keys and its queries (1, H_q, n, D)."""
+        scaling, recall, jaccard = self.sequence.evidence.scaling, [], []
+        for index, layer in enumerate(self.sequence.target.layers):
+            keys = full.layers[index].keys
+            recall.append(attention_recall(layer, queries[index], keys, scaling))
+            if layer.num_kept:
+                jaccard.append(jaccard_of_top(layer, queries[index], keys, scaling))
+        self.recall.append(recall)
+        self.jaccard += jaccard
+
+
+def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) -> None:
+    """One verify block of all trials, the first of which is the full cache's, in one pass of the target."""
+    sequences, drafts = [trial.sequence for trial in trials], block.drafts
+    for sequence in sequences:
+        sequence.tokens = text[: block.position + 1]
+    plan(base.decoder, trials, drafts)
+    calls = [base.decoder.verify_call(sequence, len(drafts) + 1) for sequence in sequences]
+    calls[0].num_queries = len(drafts) + 1
+    logits = base.decoder.verify_group(sequences, [drafts] * len(trials), calls)[:, : block.count]
+    full = logits[0].log_softmax(-1)
+    following = text[block.position + 1 : block.position + 1 + block.count]
+    for trial, own in zip(trials, logits, strict=True):
+        trial.weigh(base.sequence.draft)
+        trial.score(own, full, following)
+        trial.commit(block, text)
+    queries = {index: x[:, :, : block.count] for index, x in calls[0].queries.items()}
+    for trial in trials:
+        if block.measure:
+            trial.measure(queries, sequences[0].target)
+        trial.decoder.evict(trial.sequence)
+
+
+def plan(decoder: Decoder, trials: list[Trial], drafts: list[int]) -> None:
+    """Every trial's plan; those that look at the target's own attention look together."""
+    looking = [trial for trial in trials if trial.policy.reads_target and trial.policy.due(trial.sequence.evicted_at)]
+    looks = decoder.look([trial.sequence for trial in looking], [drafts] * len(looking)) if looking else []
+    seen = dict(zip(map(id, looking), looks, strict=True))
+    for trial in trials:
+        trial.decoder.plan(trial.sequence, drafts, seen.get(id(trial)))
+
+
+def matching_prefix(drafts: list[int], following: list[int]) -> int:
+    """How many drafts are what the text says next."""
+    pairs = zip(drafts, following, strict=False)
+    return next((i for i, (draft, token) in enumerate(pairs) if draft != token), min(len(drafts), len(following)))
+
+
+@dataclass
+class Base:
+    """What all trials of a text share: the draft with its cache and rows, and the target's cache of the prompt."""
+
+    spec: SpecSmallKV
+    decoder: Decoder
+    sequence: Sequence
+    policies: list[Policy]
+
+    @property
+    def context(self) -> int:
+        return self.sequence.target.seen
+
+    @property
+    def draft_share(self) -> float:
+        """Bytes of the draft's cache over those of the target's full one; 0 without a draft."""
+        draft, target = self.sequence.draft, self.sequence.target
+        return draft.full_nbytes / draft.seen * target.seen / target.full_nbytes if draft else 0.0
+
+    def draft(self, text: list[int], position: int, gold: bool) -> list[int]:
+        """Drafts for the block that begins with the text's token at `position`; their rows lie in the oracle.
+
+        Blocks are cut where any of the policies evicts. If all are static, no drafting is needed: blocks then
+        change nothing (invariant 2).
+        """
+        decoder, oracle, cache = self.decoder, self.sequence.evidence.oracle, self.sequence.draft
+        room = [policy.evict_block - position % policy.evict_block - 1 for policy in self.policies]
+        count = min(decoder.num_draft_tokens, len(text) - 2 - position, *room)
+        following = text[position + 1 : position + 1 + count]
+        if cache is None or not any(policy.every_round or policy.reads_draft for policy in self.policies):
+            return following
+        if oracle is not None:
+            oracle.block.start(position, count + 1)
+        call = AttentionCall(decoder.attention, rows=oracle.block if oracle else None)
+        tokens = text[position : position + 1]
+        if gold:
+            decoder.forward(decoder.draft_model, cache, tokens + following, call)
+            return following
+        for step in range(count + 1):
+            probabilities = decoder.forward(decoder.draft_model, cache, tokens[-1:], call)[-1].softmax(-1)
+            tokens.append(int(probabilities.argmax()))
+            if oracle is not None and step < count:
+                oracle.block.expect(float(probabilities.max()))
+        return tokens[1 : count + 1]
+
+    def rewind(self, position: int) -> None:
+        """The draft forgets what it read from `position` on."""
+        if self.sequence.draft is not None:
+            self.sequence.draft.rollback(max(0, self.sequence.draft.seen - position))
+
+
+def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: int, policies: list[Policy]) -> Base:
+    """Read the prompt, the first `context` tokens, with both models; `policy` leaves what all policies need."""
+    decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
+    sequence = decoder.start(text[:context], len(text) - context)
+    if any(policy.reads_mass for policy in policies):
+        sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
+    decoder.prefill(sequence)
+    decoder.prefill_draft(sequence)
+    return Base(spec, decoder, sequence, policies)
+
+
+def open_trial(base: Base, policy: Policy, budget: float | None = None) -> Trial:
+    """A trial with its own copy of the prompt's cache, while the draft's stands at the end of the prompt."""
+    spec = base.spec
+    decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
+    sequence = decoder.branch(base.sequence)
+    sequence.draft = None  # the base drafts for all
+    return Trial(policy, policy.kv_budget if budget is None else budget, decoder, sequence)
+
+
+def run_trials(
+    base: Base, trials: list[Trial], text: list[int], gold: bool, progress: Callable[[int], None]
+) -> list[Trial]:
+    """Read the text to its end, block after block; `progress` hears how many positions each one scored.
+
+    gold: a block's drafts are what the text says next, instead of what the draft proposes.
+    """
+    full = open_trial(base, load_policy("full"))
+    position, number = base.context, 0
+    while position < len(text) - 1:
+        drafts = base.draft(text, position, gold)
+        count = matching_prefix(drafts, text[position + 1 :]) + 1
+        advance(base, [full, *trials], text, Block(position, drafts, count, measure=number % MEASURE_EVERY == 0))
+        base.rewind(position + count)
+        progress(count)
+        position, number = position + count, number + 1
+    base.rewind(base.context)
+    return trials
