@@ -74,7 +74,9 @@ def prompt():
     return torch.randint(1, VOCAB, (150,), generator=generator).tolist()
 
 
-@pytest.fixture(autouse=True)
-def drafts_are_believed(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def drafts_are_believed():
     """Random drafts predict nothing: heads would fall back on their history, and most tests would not see the rows."""
-    monkeypatch.setattr("specsmallkv.matching.HISTORY_MARGIN", 2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specsmallkv.matching.HISTORY_MARGIN", 2.0)
+        yield
