@@ -20,7 +20,7 @@ from .oracle import AttentionOracle
 from .policies import Evidence, Policy
 from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
-from .tail_term import tail_term
+from .tail_term import TRUSTED_SIMILARITY, tail_term
 
 OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
@@ -498,14 +498,15 @@ class Decoder:
 
     def _set_tail_terms(self, sequence: Sequence, oracle: AttentionOracle) -> None:
         policy, saliency = self.policy, sequence.evidence.saliency
-        assert saliency is not None, "planned before"
+        assert saliency is not None and oracle.head_map is not None, "planned before"
+        trusted = oracle.head_map.similarity > TRUSTED_SIMILARITY  # (L, H_q)
         for index, layer in enumerate(sequence.target.layers):
             layer.tail_term = tail_term(
                 oracle.predict(index),
                 saliency[index],
                 layer,
                 policy.num_sink_tokens,
-                policy.tail_factor,
+                policy.tail_factor * trusted[index],
                 policy.tail_pool,
             )
 

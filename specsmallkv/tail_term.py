@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .cache import TieredLayer, select
 
+TRUSTED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds are not believed at all
+
 
 @dataclass
 class TailTerm:
@@ -33,12 +35,12 @@ class TailTerm:
 
 
 def tail_term(
-    predicted: Tensor, saliency: Tensor, layer: TieredLayer, num_sinks: int, factor: float, pool: float
+    predicted: Tensor, saliency: Tensor, layer: TieredLayer, num_sinks: int, factor: Tensor, pool: float
 ) -> TailTerm | None:
     """The tail term of one layer for the coming verify block, None where nothing is evicted.
 
-    predicted (H_q, q, N): rows of the block; saliency (H_kv, >= tail_start) ranks; factor: share of the odds that is
-    believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept ones.
+    predicted (H_q, q, N): rows of the block; saliency (H_kv, >= tail_start) ranks; factor (H_q,): share of
+    each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept ones.
     """
     rows = predicted.unflatten(0, (saliency.shape[0], -1))  # (H_kv, group, q, N)
     kept = layer.kept_positions[0]
@@ -59,4 +61,5 @@ def tail_term(
     far = (far_sum / max(count - near.shape[1], 1))[:, None, None].expand_as(pooled)
     odds = torch.stack((near_mass, (mass - near_mass).clamp_min(0)), dim=-1) / against.clamp_min(1e-6).unsqueeze(-1)
     values = torch.stack((pooled, far), dim=-2)
-    return TailTerm(factor * odds.flatten(0, 1).unsqueeze(0), values.flatten(0, 1).unsqueeze(0), num_sinks)
+    odds = factor[:, None, None] * odds.flatten(0, 1)
+    return TailTerm(odds.unsqueeze(0), values.flatten(0, 1).unsqueeze(0), num_sinks)

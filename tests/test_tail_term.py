@@ -28,10 +28,10 @@ def true_rows(query, k):
     return attention_probabilities(query, k, DIM**-0.5)[0]
 
 
-def read(layer, query, k, v, **options):
+def read(layer, query, k, v, factor=1.0, pool=1.0):
     """Attention over the layer once the block's own K and V are there, with this tail term."""
     saliency = true_rows(query, k).unflatten(0, (H_KV, -1)).mean((1, 2))
-    layer.tail_term = tail_term(true_rows(query, k), saliency, layer, SINKS, **options) if options else None
+    layer.tail_term = tail_term(true_rows(query, k), saliency, layer, SINKS, torch.full((H_Q,), factor), pool)
     layer.update(k[:, :, N - Q :], v[:, :, N - Q :])
     return attend(layer, 0, query, DIM**-0.5, AttentionCall("reference"))
 
@@ -67,7 +67,7 @@ def test_nothing_evicted_needs_no_tail_term(block):
     layer, query, k, _ = block
     everything = torch.arange(layer.tail_start).expand(1, H_KV, -1)
     layer.retain(everything, torch.empty(1, H_KV, 0, dtype=torch.long), layer.tail_start)
-    assert tail_term(true_rows(query, k), torch.rand(H_KV, N), layer, SINKS, 1.0, 1.0) is None
+    assert tail_term(true_rows(query, k), torch.rand(H_KV, N), layer, SINKS, torch.ones(H_Q), 1.0) is None
 
 
 def test_a_new_set_forgets_the_old_tail_term(block):
@@ -89,3 +89,11 @@ def test_rows_count_by_the_chance_that_the_draft_gives_them():
     rows.start(1, 3)  # known tokens: nobody says how likely they are
     rows.buffer[0] = torch.eye(3, 4)
     assert torch.equal(rows.mean(by_chance=True), rows.mean(by_chance=False))
+
+
+def test_heads_that_are_not_believed_read_what_is_kept_alone(block):
+    layer, query, k, v = block
+    plain = read(layer, query, k, v, factor=0.0)
+    layer.tail_term = None
+    expected = attend(layer, 0, query, DIM**-0.5, AttentionCall("reference"))
+    torch.testing.assert_close(plain, expected, atol=1e-6, rtol=1e-6)
