@@ -40,7 +40,7 @@ def tail_term(
     """The tail term of one layer for the coming verify block, None where nothing is evicted.
 
     predicted (H_q, q, N): rows of the block; saliency (H_kv, >= tail_start) ranks; factor (H_q,): share of
-    each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept ones.
+    each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept.
     """
     rows = predicted.unflatten(0, (saliency.shape[0], -1))  # (H_kv, group, q, N)
     kept = layer.kept_positions[0]
