@@ -332,9 +332,8 @@ class Decoder:
                 reduction = self.policy.group_reduction
                 sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at, reduction)
             elif oracle is not None:
-                policy = self.policy
-                saliency = oracle.lookahead_saliency(seen, policy.weigh_rows, policy.group_reduction)
-                sequence.evidence.saliency = saliency
+                by_chance, reduction = self.policy.weigh_rows, self.policy.group_reduction
+                sequence.evidence.saliency = oracle.lookahead_saliency(seen, by_chance, reduction)
             self._retain(sequence)
             if self.policy.tail_factor and oracle is not None and self.policy.selection == "block":
                 self._set_tail_terms(sequence, oracle)

@@ -94,12 +94,13 @@ class HeadMapFit:
         """target_rows (H_q, W, N), the same queries and keys; history (H_q, n): what was known before them."""
         target = self._columns(target_rows)
         self.correlations[index] = self.correlations[index] + target @ self.draft.T
-        self.squares[index] = self.squares[index] + target.square().sum(-1)
+        target_square = target.square().sum(-1)
+        self.squares[index] = self.squares[index] + target_square
         if history is not None:
             past = history[:, self.sinks :]
             square = target_rows.shape[1] * past.square().sum(-1)
             product = (target_rows.sum(dim=1)[:, self.sinks : history.shape[1]] * past).sum(-1)
-            sums, before = (square, product, target.square().sum(-1)), self.history[index]
+            sums, before = (square, product, target_square), self.history[index]
             self.history[index] = sums if before is None else tuple(a + b for a, b in zip(sums, before, strict=True))
 
     def solve(self, method: str) -> HeadMap:
