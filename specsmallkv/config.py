@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from .errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash")
 SPECULATIONS = ("draft", "none")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -31,7 +31,7 @@ class ModelConfig:
     name: str  # what records and run directories call the pair
     target: str  # source string of the large model
     draft: Optional[str]  # source string of the small model; None: there is none
-    dtype: str
+    dtype: str  # auto: bfloat16 where the device computes in it, else float32
     device: str
     attention: str
 

@@ -223,7 +223,7 @@ class SpecSmallKV:
         policy: str | Policy = "specsmallkv",
         kv_budget: float | None = None,
         num_draft_tokens: int = 3,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         device: str = "auto",
         attention: str = "auto",
     ) -> "SpecSmallKV":

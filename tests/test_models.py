@@ -132,9 +132,24 @@ def test_absent_device_is_refused(device, count, monkeypatch):
     assert device in text and "auto" in text and "cpu" in text
 
 
+@pytest.mark.parametrize(
+    ("capability", "device", "expected"),
+    [
+        ("AVX2", "cpu", torch.float32),
+        ("DEFAULT", "cpu", torch.float32),
+        ("AVX512", "cpu", torch.bfloat16),
+        ("AVX2", "cuda", torch.bfloat16),
+    ],
+)
+def test_auto_dtype_is_bfloat16_only_where_the_device_computes_in_it(capability, device, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert models.resolve_dtype("auto", torch.device(device)) == expected
+    assert models.resolve_dtype("float16", torch.device(device)) == torch.float16
+
+
 def test_unknown_dtype_is_refused():
     text = sentence(load_pair, pair_config(dtype="int8"), True)
-    assert "'int8'" in text and "bfloat16, float16, float32" in text
+    assert "'int8'" in text and "auto, bfloat16, float16, float32" in text
 
 
 # ---- sources that are refused

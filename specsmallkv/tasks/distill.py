@@ -89,7 +89,7 @@ class DistillTask:
         (output / "report.json").write_text(json.dumps(report) + "\n")
         return {
             "model": config.model.name,
-            "dtype": config.model.dtype,
+            "dtype": str(pair.target.dtype).removeprefix("torch."),
             "device": str(pair.target.device),
             "output_dir": str(output),
         } | report

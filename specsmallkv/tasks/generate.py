@@ -43,6 +43,7 @@ def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
     """The keys of a record that say what was run."""
     return asked_for(config) | {
         "device": str(spec.pair.target.device),
+        "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
         "attention": spec.attention,
         "target_weights": spec.pair.target_origin,
         "draft_weights": spec.pair.draft_origin,
