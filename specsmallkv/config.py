@@ -34,6 +34,8 @@ class ModelConfig:
     dtype: str  # auto: bfloat16 where the device computes in it, else float32
     device: str
     attention: str
+    head_map: Optional[str] = None  # file of a saved head map; None: fitted on each prompt alone
+    head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
 
 
 @dataclass

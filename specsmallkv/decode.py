@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .attention import AttentionCall, AttentionMass, AttentionRows, check_selection, use_tiered_attention
 from .cache import CacheGroup, TieredCache
-from .matching import marginal_weights
+from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Policy
 from .sampling import Sampler
@@ -87,6 +87,7 @@ class Decoder:
 
     num_draft_tokens: 0 turns speculation off; the draft then runs in lockstep as oracle, if the policy reads it.
     draft: may be None when neither speculation nor the policy needs one. attention: a name in attention.BACKENDS.
+    head_map: of this pair from other texts, for policies that read the draft.
     """
 
     def __init__(
@@ -97,11 +98,12 @@ class Decoder:
         num_draft_tokens: int,
         sampler: Sampler | None = None,
         attention: str = "sdpa",
+        head_map: HeadMap | None = None,
     ):
         assert draft is not None or not (num_draft_tokens or policy.reads_draft), "this needs a draft model"
         self.target, self.policy, self.num_draft_tokens = target, policy, num_draft_tokens
         self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
-        self.sampler, self.attention = sampler or Sampler(), attention
+        self.sampler, self.attention, self.head_map = sampler or Sampler(), attention, head_map
         check_selection(attention, policy.selection)
         self.device, self.vocab_size = target.device, target.config.vocab_size
         for model in filter(None, (target, self.draft_model)):
@@ -208,7 +210,7 @@ class Decoder:
         sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
         if own is not None and oracle is not None and oracle.head_map is not None:
             if queries[0].shape[2] == window and oracle.num_sinks == self.policy.num_sink_tokens:
-                own = oracle.share(self.policy.matching)
+                own = oracle.share(self.policy.matching, own.prior)
             else:
                 own.block = oracle.block
                 self._observe_end(base, own, sequence.evidence.queries)
@@ -520,7 +522,9 @@ class Decoder:
         if not self.policy.reads_draft:
             return None
         rows = self._rows(num_rows, capacity)
-        return AttentionOracle(rows, self.target.config.num_key_value_heads)
+        saved = self.head_map
+        prior = Prior(saved, self.policy.map_rows) if saved is not None and self.policy.map_rows else None
+        return AttentionOracle(rows, self.target.config.num_key_value_heads, prior)
 
     def _feed(
         self, model: PreTrainedModel, cache: TieredCache, tokens: list[int], mass: AttentionMass | None = None

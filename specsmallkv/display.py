@@ -60,6 +60,16 @@ class Display:
             table.add_row(name, value)
         self.console.print(table)
 
+    def calibration(self, results: list[dict[str, Any]]) -> None:
+        """One line per number of mixed heads."""
+        columns = [key for key in results[0] if key != "cosine_per_layer"]
+        table = Table(title="head map, on texts left out", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for key in columns:
+            table.add_column(key, justify="right")
+        for row in results:
+            table.add_row(*(f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key]) for key in columns))
+        self.console.print(table)
+
     def fidelity(self, results: list[dict[str, Any]]) -> None:
         """One line per kind of rows, policy and budget; of several texts the means alone."""
         means = [row for row in results if row["text"] == "mean"]

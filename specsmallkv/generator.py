@@ -226,18 +226,28 @@ class SpecSmallKV:
         dtype: str = "auto",
         device: str = "auto",
         attention: str = "auto",
+        head_map: str | None = None,
+        head_map_check: bool = True,
     ) -> "SpecSmallKV":
-        """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy."""
+        """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy.
+
+        head_map: a file that `task=calibrate` wrote for this pair; UserError if it belongs to other models, unless
+        head_map_check is false.
+        """
         if isinstance(policy, str):
             policy = load_policy(policy, **({} if kv_budget is None else {"kv_budget": kv_budget}))
         elif kv_budget is not None:
             raise UserError(f"kv_budget={kv_budget} is given beside a policy object; set it on the policy.")
         needs_draft = bool(num_draft_tokens) or policy.reads_draft
-        config = ModelConfig(target, target, draft, dtype, device, attention)
+        config = ModelConfig(target, target, draft, dtype, device, attention, head_map, head_map_check)
         return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention)
 
-    def decoder(self, sampler: Sampler) -> Decoder:
-        return Decoder(self.pair.target, self.pair.draft, self.policy, self.num_draft_tokens, sampler, self.attention)
+    def decoder(self, sampler: Sampler | None = None, policy: Policy | None = None) -> Decoder:
+        """A decoder under the generator's own policy or another one."""
+        pair, policy = self.pair, policy or self.policy
+        return Decoder(
+            pair.target, pair.draft, policy, self.num_draft_tokens, sampler, self.attention, head_map=pair.head_map
+        )
 
     def encode(
         self, prompt: str | Messages, chat: bool | None = None, beginning: list[int] | None = None

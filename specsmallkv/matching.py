@@ -8,8 +8,9 @@ sinks are alike in all heads and would drown the rest.
 M = draft layers x draft heads; all rows float32. This file does not know where rows come from or what they decide.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,10 @@ class HeadMap:
     similarity: Tensor
     history_weights: Tensor | None = None
 
+    def to(self, device: torch.device) -> "HeadMap":
+        """The map, without history, on another device."""
+        return HeadMap(self.weights.to(device), self.similarity.to(device))
+
     def predict(self, layer: int, rows: Tensor, history: Tensor | None = None) -> Tensor:
         """Predicted target rows (H_q, T, N) of one layer from draft rows (M, T, N) and history (H_q, N or fewer)."""
         predicted = torch.einsum("hm,mtn->htn", self.weights[layer], rows)
@@ -52,6 +57,17 @@ class HeadMap:
             heads = self.predict(index, mean_rows.unsqueeze(1), past).squeeze(1).unflatten(0, (num_kv_heads, -1))
             layers.append(heads.mean(dim=1) if reduction == "mean" else heads.amax(dim=1))
         return torch.stack(layers)
+
+
+class Prior(NamedTuple):
+    """A head map from other texts, which counts as so many rows of the prompt's window; inf: it alone decides."""
+
+    head_map: HeadMap
+    num_rows: float
+
+    def trust(self, num_observed: int) -> float:
+        """Share of the prior beside `num_observed` rows, in [0, 1]."""
+        return 1.0 if math.isinf(self.num_rows) else self.num_rows / max(self.num_rows + num_observed, 1e-9)
 
 
 def nonnegative_least_squares(gram: Tensor, correlation: Tensor) -> Tensor:
@@ -75,7 +91,7 @@ class HeadMapFit:
     """Sums that the least squares need, over chunks of the window: no rows exist for all of it, or for all layers."""
 
     def __init__(self, num_sink_tokens: int, num_layers: int):
-        self.sinks = num_sink_tokens
+        self.sinks, self.num_rows = num_sink_tokens, 0
         self.gram: Tensor | float = 0.0  # (M, M)
         self.correlations: list[Any] = [0.0] * num_layers  # (H_q, M) each
         self.squares: list[Any] = [0.0] * num_layers  # (H_q,)
@@ -89,6 +105,7 @@ class HeadMapFit:
         """draft_rows (M, W, N) of the next chunk; `add_layer` of every layer follows."""
         self.draft = self._columns(draft_rows)
         self.gram = self.gram + self.draft @ self.draft.T
+        self.num_rows += draft_rows.shape[1]
 
     def add_layer(self, index: int, target_rows: Tensor, history: Tensor | None = None) -> None:
         """target_rows (H_q, W, N), the same queries and keys; history (H_q, n): what was known before them."""
@@ -103,23 +120,46 @@ class HeadMapFit:
             sums, before = (square, product, target_square), self.history[index]
             self.history[index] = sums if before is None else tuple(a + b for a, b in zip(sums, before, strict=True))
 
-    def solve(self, method: str) -> HeadMap:
-        """ "one_hot": the most similar draft head (paper); "mixture": non-negative least squares over the best few."""
+    def merge(self, other: "HeadMapFit") -> None:
+        """Add the sums of another window or text."""
+        self.gram, self.num_rows = self.gram + other.gram, self.num_rows + other.num_rows
+        self.correlations = [a + b for a, b in zip(self.correlations, other.correlations, strict=True)]
+        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
+
+    def solve(self, method: str, prior: Prior | None = None, num_heads: int = NUM_MIXED_HEADS) -> HeadMap:
+        """ "one_hot": the most similar draft head (paper); "mixture": non-negative least squares over the best few.
+
+        prior: a saved map, averaged with what the rows say; under one_hot the heaviest head stays.
+        """
         assert method in METHODS, f"matching is {method!r}, expected one of {METHODS}"
-        assert isinstance(self.gram, Tensor), "rows are added before solving"
-        correlation, norms = torch.stack(self.correlations), torch.stack(self.squares).sqrt()  # (L, H_q, M), (L, H_q)
-        lengths = self.gram.diagonal().clamp_min(1e-12).sqrt()
-        count = 1 if method == "one_hot" else min(NUM_MIXED_HEADS, len(self.gram))
-        best = (correlation / lengths).topk(count, dim=-1).indices  # (L, H_q, n)
-        gram, wanted = self.gram[best.unsqueeze(-1), best.unsqueeze(-2)], correlation.gather(-1, best)
-        mixed = nonnegative_least_squares(gram, wanted)
-        mixed[..., 0] += (mixed.sum(-1) == 0).float()  # nothing correlates: fall back on the most similar
-        predicted = torch.einsum("lhi,lhij,lhj->lh", mixed, gram, mixed).clamp_min(1e-24).sqrt()
-        similarity = (mixed * wanted).sum(-1) / (predicted * norms).clamp_min(1e-12)
-        weights = torch.zeros_like(correlation).scatter(-1, best, mixed / mixed.sum(-1, keepdim=True))
+        weights = self._weights(1 if method == "one_hot" else num_heads)
+        similarity = self.similarity_of(weights)
+        if prior is not None:
+            trust, saved = prior.trust(self.num_rows), prior.head_map
+            weights = weights.lerp(saved.weights, trust)
+            if method == "one_hot":
+                weights = F.one_hot(weights.argmax(-1), weights.shape[-1]).float()
+            similarity = self.similarity_of(weights).lerp(saved.similarity, trust)
         if method == "one_hot" or any(sums is None for sums in self.history):
             return HeadMap(weights, similarity)
         return self._fall_back(weights, similarity)
+
+    def _weights(self, num_heads: int) -> Tensor:
+        """(L, H_q, M): non-negative least squares over each head's `num_heads` most similar draft heads."""
+        assert isinstance(self.gram, Tensor), "rows are added before solving"
+        correlation = torch.stack(self.correlations)
+        lengths = self.gram.diagonal().clamp_min(1e-12).sqrt()
+        best = (correlation / lengths).topk(min(num_heads, len(self.gram)), dim=-1).indices  # (L, H_q, n)
+        gram, wanted = self.gram[best.unsqueeze(-1), best.unsqueeze(-2)], correlation.gather(-1, best)
+        mixed = nonnegative_least_squares(gram, wanted)
+        mixed[..., 0] += (mixed.sum(-1) == 0).float()  # nothing correlates: fall back on the most similar
+        return torch.zeros_like(correlation).scatter(-1, best, mixed / mixed.sum(-1, keepdim=True))
+
+    def similarity_of(self, weights: Tensor) -> Tensor:
+        """(L, H_q): cosine of what the weights (L, H_q, M) predict and the target, over all rows added."""
+        correlation, norms = torch.stack(self.correlations), torch.stack(self.squares).sqrt()
+        predicted = ((weights @ self.gram) * weights).sum(-1).clamp_min(1e-24).sqrt()
+        return (weights * correlation).sum(-1) / (predicted * norms).clamp_min(1e-12)
 
     def _fall_back(self, weights: Tensor, similarity: Tensor) -> HeadMap:
         """Heads that their own history tells clearly better than the draft does follow the history."""

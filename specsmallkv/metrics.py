@@ -44,6 +44,16 @@ def jaccard_of_top(layer: TieredLayer, queries: Tensor, full_keys: Tensor, scali
     return float((both / (2 * size - both).clamp_min(1)).mean())
 
 
+def mass_caught(predicted: Tensor, true: Tensor, share: float) -> Tensor:
+    """Share of the true rows' mass on the tokens that the predicted rows rank highest, (..., T).
+
+    Both (..., T, N); share: of the N tokens, at least one.
+    """
+    count = max(1, int(share * true.shape[-1]))
+    chosen = predicted.topk(count, dim=-1).indices
+    return true.gather(-1, chosen).sum(-1) / true.sum(-1).clamp_min(1e-9)
+
+
 def _read(layer: TieredLayer, num_queries: int) -> Tensor:
     """(1, H_kv, q, num_kept) bool: which kept tokens each of the verify pass's first q queries read."""
     if layer.row_mask is not None:

@@ -22,7 +22,9 @@ from transformers.utils import logging as transformers_logging
 from . import random_model
 from .config import DTYPES, ModelConfig
 from .errors import UserError
+from .matching import HeadMap
 from .memory import is_out_of_memory, shortage
+from .saved_map import load_head_map
 from .sources import check_weights, model_class, read_config, resolve, typed_config
 from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
 
@@ -32,13 +34,17 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # model, tokenize
 
 @dataclass
 class ModelPair:
-    """Origins, as the record shows them: "safetensors", "dequantised GGUF", "random weights", "distilled draft"."""
+    """Origins, as the record shows them: "safetensors", "dequantised GGUF", "random weights", "distilled draft".
+
+    head_map: a saved one, if the configuration names it.
+    """
 
     target: PreTrainedModel
     draft: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     target_origin: str
     draft_origin: str | None
+    head_map: HeadMap | None = None
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -70,7 +76,8 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     check_tokenizers_agree(tokenizer, draft_tokenizer, config.target, config.draft)
     _check_vocabulary_fits(config, target, draft, tokenizer)
     _warn_if_larger(config, target, draft)
-    return ModelPair(target, draft, tokenizer, origin, draft_origin)
+    head_map = None if config.head_map is None else _saved_head_map(config, target, draft)
+    return ModelPair(target, draft, tokenizer, origin, draft_origin, head_map)
 
 
 def load_target(source: str, dtype: torch.dtype, device: torch.device, quiet: bool = False) -> Loaded:
@@ -142,6 +149,16 @@ def fingerprint(model: PreTrainedModel) -> str:
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
         digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _saved_head_map(config: ModelConfig, target: PreTrainedModel, draft: PreTrainedModel) -> HeadMap:
+    """The map that `model.head_map` names, on the draft's device; UserError if it belongs to other models."""
+    assert config.head_map is not None
+    saved = load_head_map(config.head_map)
+    saved.check_shape(target.config, draft.config)
+    if config.head_map_check:
+        saved.check_models(fingerprint(target), fingerprint(draft))
+    return saved.head_map.to(draft.device)
 
 
 def _load_weights(

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from .attention import AttentionRows, attention_probabilities
 from .cache import TieredCache
-from .matching import HeadMap, HeadMapFit, pooled_history
+from .matching import HeadMap, HeadMapFit, Prior, pooled_history
 
 
 class AttentionOracle:
-    """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity)."""
+    """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity).
 
-    def __init__(self, block: AttentionRows, num_kv_heads: int):
-        self.block, self.num_kv_heads = block, num_kv_heads
+    prior: a saved head map, if there is one.
+    """
+
+    def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None):
+        self.block, self.num_kv_heads, self.prior = block, num_kv_heads, prior
         self.head_map: HeadMap | None = None
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
         self._count = 0.0
@@ -61,13 +64,13 @@ class AttentionOracle:
     def fit(self, method: str) -> None:
         """The head map of all that was observed."""
         assert self._fit is not None, "observe before fitting"
-        self.head_map = self._fit.solve(method)
+        self.head_map = self._fit.solve(method, self.prior)
 
-    def share(self, method: str) -> "AttentionOracle":
+    def share(self, method: str, prior: Prior | None = None) -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""
         assert self._fit is not None, "fit before sharing"
-        other = AttentionOracle(self.block, self.num_kv_heads)
-        other._fit, other.head_map = self._fit, self._fit.solve(method)
+        other = AttentionOracle(self.block, self.num_kv_heads, prior)
+        other._fit, other.head_map = self._fit, self._fit.solve(method, prior)
         other.history = self.history
         other._sum.copy_(self._sum)
         other._count = self._count

@@ -83,6 +83,7 @@ class Policy(ABC):
     every_round = False  # chooses anew before each verify pass (else once per eviction event)
     selection = "block"  # whose set a verify pass reads: the block's, or each query its own
     matching = "mixture"
+    map_rows = 0.0  # rows of the observation window that a saved head map counts as
     group_reduction = "mean"  # of predictions over the query heads that share keys
     weigh_rows = False  # rows of a verify block count by the chance that they are accepted
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
@@ -279,11 +280,13 @@ class H2O(Policy):
 class DraftPolicy(Policy):
     """Scores by the saliency that the draft's attention predicts.
 
-    matching: "one_hot" or "mixture". observation_size: prompt rows that the head map is fitted on.
+    matching: "one_hot" or "mixture". observation_size: prompt rows that the head map is fitted on. map_rows: how
+    many of them a saved head map counts as; 0: it is not used, inf: it alone is.
     """
 
     matching: str = "mixture"
     observation_size: int = 128
+    map_rows: float = 128
     uses_draft = True
 
     def __post_init__(self) -> None:
@@ -291,6 +294,8 @@ class DraftPolicy(Policy):
         self._one_of("matching", METHODS)
         if self.observation_size < 1:
             raise UserError(f"policy.observation_size={self.observation_size} is not positive; give at least 1.")
+        if not self.map_rows >= 0:
+            raise UserError(f"policy.map_rows={self.map_rows} is no number of rows; give 0 (no saved map) or more.")
 
     @property
     def num_observed(self) -> int:

@@ -169,7 +169,7 @@ class Base:
 
 def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: int, policies: list[Policy]) -> Base:
     """Read the prompt, the first `context` tokens, with both models; `policy` leaves what all policies need."""
-    decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
+    decoder = spec.decoder(policy=policy)
     sequence = decoder.start(text[:context], len(text) - context)
     if any(policy.reads_mass for policy in policies):
         sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
@@ -180,8 +180,7 @@ def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: in
 
 def open_trial(base: Base, policy: Policy, budget: float | None = None) -> Trial:
     """A trial with its own copy of the prompt's cache, while the draft's stands at the end of the prompt."""
-    spec = base.spec
-    decoder = Decoder(spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, attention=spec.attention)
+    decoder = base.spec.decoder(policy=policy)
     sequence = decoder.branch(base.sequence)
     sequence.draft = None  # the base drafts for all
     return Trial(policy, policy.kv_budget if budget is None else budget, decoder, sequence)

@@ -1,9 +1,11 @@
 """The head map recovers relations that are really there."""
 
+import math
+
 import pytest
 import torch
 
-from specsmallkv.matching import HeadMap, HeadMapFit, marginal_weights, nonnegative_least_squares
+from specsmallkv.matching import HeadMap, HeadMapFit, Prior, marginal_weights, nonnegative_least_squares
 
 M, W, N, SINKS = 12, 8, 50, 4
 
@@ -14,11 +16,15 @@ def random_rows(heads, seed=0):
 
 
 def fit(draft, layers, method):
+    return sums(draft, layers).solve(method)
+
+
+def sums(draft, layers):
     fit = HeadMapFit(SINKS, len(layers))
     fit.add_draft(draft)
     for index, rows in enumerate(layers):
         fit.add_layer(index, rows)
-    return fit.solve(method)
+    return fit
 
 
 @pytest.mark.parametrize("method", ["one_hot", "mixture"])
@@ -137,3 +143,38 @@ def test_a_head_that_the_draft_cannot_tell_falls_back_on_its_own_history(monkeyp
     torch.testing.assert_close(head_map.predict(0, draft, history), target, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(head_map.similarity, torch.ones(1, 2), atol=1e-3, rtol=0)
     assert fit.solve("one_hot").history_weights is None, "the paper's matching knows the draft alone"
+
+
+def test_fits_of_several_texts_merge_into_the_fit_of_all_their_rows():
+    texts = [(random_rows(M, seed=i), [random_rows(6, seed=10 + i), random_rows(6, seed=20 + i)]) for i in range(3)]
+    merged, together = HeadMapFit(SINKS, 2), HeadMapFit(SINKS, 2)
+    for draft, layers in texts:
+        merged.merge(sums(draft, layers))
+        together.add_draft(draft)
+        for index, rows in enumerate(layers):
+            together.add_layer(index, rows)
+    assert merged.num_rows == 3 * W
+    torch.testing.assert_close(merged.solve("mixture").weights, together.solve("mixture").weights, atol=1e-3, rtol=0)
+
+
+def test_a_saved_map_counts_as_so_many_rows_of_the_window():
+    fit, saved = (
+        sums(random_rows(M), [random_rows(6, seed=9)]),
+        HeadMap(torch.eye(6, M)[None], torch.full((1, 6), 0.3)),
+    )
+    alone, own = fit.solve("mixture", Prior(saved, math.inf)), fit.solve("mixture")
+    assert torch.equal(alone.weights, saved.weights) and torch.equal(alone.similarity, saved.similarity)
+    half = fit.solve("mixture", Prior(saved, W))
+    torch.testing.assert_close(half.weights, (own.weights + saved.weights) / 2)
+    mostly = fit.solve("mixture", Prior(saved, 9 * W))
+    torch.testing.assert_close(mostly.weights, 0.1 * own.weights + 0.9 * saved.weights)
+    torch.testing.assert_close(mostly.similarity, 0.1 * fit.similarity_of(mostly.weights) + 0.9 * saved.similarity)
+
+
+def test_one_hot_stays_one_hot_beside_a_saved_mixture():
+    fit, saved = (
+        sums(random_rows(M), [random_rows(6, seed=9)]),
+        HeadMap(torch.full((1, 6, M), 1 / M), torch.ones(1, 6)),
+    )
+    weights = fit.solve("one_hot", Prior(saved, W)).weights
+    assert torch.equal(weights, fit.solve("one_hot").weights)

@@ -6,7 +6,6 @@ The first `context_tokens` of a text are the prompt; the next `eval_tokens` are 
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..policies import Policy
-from ..prompts import read_rows, read_text
 from ..trials import Base, Trial, open_trial, prefill_once, run_trials
 from .fidelity_results import MEAN, Result, summary, with_means, with_ratios
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
+from .texts import passage, read_texts
 
 ROWS = {"drafted": ("drafted",), "gold": ("gold",), "both": ("drafted", "gold")}
 MATCHED, ITS_NAME = "snapkv", "snapkv@total"  # the policy that gets a total of bytes, and what it is then called
@@ -57,13 +56,15 @@ class FidelityTask:
     @torch.inference_mode()
     def run(self, config: RunConfig) -> dict[str, Any]:
         display, chosen = Display(config.quiet), config.policy
-        policies, contents = self._policies(chosen), self._contents()
+        policies = self._policies(chosen)
+        contents = read_texts("fidelity", self.text_file, self.text_files, self.text_field)
         config.policy = neediest(policies)
         with display.waiting("loading the models"):
             spec = load_generator(config)
         if self.matched_total and spec.pair.draft is None:
             raise UserError("task.matched_total=true needs a draft, whose bytes are matched; set model.draft.")
-        texts = {name: self._tokens(spec, name, content) for name, content in contents.items()}
+        needed, lower = self.context_tokens + self.eval_tokens + 1, "task.context_tokens or task.eval_tokens"
+        texts = {name: passage(spec, name, text, self.offset, needed, lower) for name, text in contents.items()}
         measured, draft_bytes, interrupted = self._measure(spec, policies, texts, display)
         results = with_ratios(with_means(measured))
         display.fidelity(results)
@@ -121,46 +122,6 @@ class FidelityTask:
         if self.matched_total and MATCHED not in [policy.name for policy in policies]:
             raise UserError(f"task.matched_total=true compares with {MATCHED}; add it to task.policies.")
         return policies
-
-    def _contents(self) -> dict[str, str]:
-        """The texts by name: the file's, or its path where two files have one name."""
-        if self.text_file is not None and self.text_files:
-            raise UserError("task.text_file and task.text_files are given together; keep one of them.")
-        key = "task.text_files" if self.text_files else "task.text_file"
-        paths = self.text_files or ([] if self.text_file is None else [self.text_file])
-        if not paths:
-            raise UserError("task=fidelity needs a text; set task.text_file=FILE or task.text_files=[FILE,FILE].")
-        if len(set(paths)) < len(paths):
-            raise UserError(f"{key}=[{','.join(paths)}] names a file twice; leave one out.")
-        names = [Path(path).name for path in paths]
-        return {
-            name if names.count(name) == 1 else path: self._content(key, path)
-            for name, path in zip(names, paths, strict=True)
-        }
-
-    def _content(self, key: str, path: str) -> str:
-        """A text, or the rows of a JSONL file joined by blank lines."""
-        if not path.removesuffix(".gz").endswith(".jsonl"):
-            return read_text(key, path)
-        parts = []
-        for where, row in read_rows(key, path):
-            text = row.get(self.text_field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
-                raise UserError(f"{where} has no text in {self.text_field}; set task.text_field ({has}).")
-            parts.append(text)
-        return "\n\n".join(parts)
-
-    def _tokens(self, spec: SpecSmallKV, name: str, content: str) -> list[int]:
-        needed = self.context_tokens + self.eval_tokens + 1
-        tokens = spec.pair.tokenizer(content[self.offset : self.offset + 12 * needed])["input_ids"]
-        if len(tokens) < needed:
-            raise UserError(
-                f"the text {name} has {len(tokens)} tokens from character task.offset={self.offset} on, "
-                f"{needed} are needed; lower task.context_tokens or task.eval_tokens."
-            )
-        spec.check_length(tokens[:needed], 1)
-        return tokens[:needed]
 
 
 def headline(results: list[dict[str, Any]], chosen: Policy) -> dict[str, Any]:

@@ -147,10 +147,7 @@ class RetrievalTask:
         for policy in [*policies, load_policy("full")]:
             if (name := (policy.name, policy.kv_budget)) not in names:
                 names.add(name)
-                decoder = Decoder(
-                    spec.pair.target, spec.pair.draft, policy, spec.num_draft_tokens, sampler, spec.attention
-                )
-                yield System(*name, decoder)
+                yield System(*name, spec.decoder(sampler, policy))
         if spec.pair.draft is not None:
             alone = Decoder(spec.pair.draft, None, load_policy("full"), 0, sampler, spec.attention)
             yield System(DRAFT_ALONE, 1.0, alone)
@@ -202,7 +199,7 @@ def ask_all(
 
 def read_once(spec: SpecSmallKV, config: RunConfig, ids: list[int], border: int) -> Reading:
     """Both models read the first `border` tokens; nothing is compressed yet."""
-    decoder = Decoder(spec.pair.target, spec.pair.draft, config.policy, spec.num_draft_tokens, None, spec.attention)
+    decoder = spec.decoder(policy=config.policy)
     sequence = decoder.start(ids[:border], len(ids) - border + config.max_new_tokens)
     logits = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)

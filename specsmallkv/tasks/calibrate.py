@@ -1,0 +1,227 @@
+"""task=calibrate: fit the head map of a pair on texts, and write it with figures of how well it does on others.
+
+Both models read a passage of each text; the attention rows of its last windows are summed up. Figures are
+cross-validated: for each text (of a single text: each window) a map is fitted on all others.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionCall, AttentionRows, attention_probabilities
+from ..cache import TieredCache
+from ..config import RunConfig
+from ..decode import OBSERVED_CHUNK, PREFILL_CHUNK, Decoder, attention_scaling
+from ..display import Display
+from ..errors import UserError
+from ..generator import SpecSmallKV
+from ..matching import HeadMap, HeadMapFit
+from ..metrics import mass_caught
+from ..models import fingerprint
+from ..policies import Policy
+from ..presets import load_policy
+from ..saved_map import save_head_map
+from .generate import load_generator, setting_figures
+from .texts import passage, read_texts
+
+FILE = "head_map.safetensors"  # in the run directory
+SHARES = (0.05, 0.1)  # of the tokens, at which the caught mass is measured
+
+
+@dataclass
+class Fold:
+    """What is left out together: sums of its rows, and the last row of each chunk itself.
+
+    samples: the draft's (M, N) and the target's (L, H_q, N), without sinks, float16.
+    """
+
+    fit: HeadMapFit
+    samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, draft_rows: Tensor, layers: Iterator[Tensor]) -> None:
+        """A chunk of rows: the draft's (M, W, N), and (H_q, W, N) of every target layer in turn."""
+        self.fit.add_draft(draft_rows)
+        sampled = []
+        for index, rows in enumerate(layers):
+            self.fit.add_layer(index, rows)
+            sampled.append(self._last(rows))
+        self.samples.append((self._last(draft_rows), torch.stack(sampled)))
+
+    def _last(self, rows: Tensor) -> Tensor:
+        return rows[:, -1, self.fit.sinks :].half().cpu()
+
+
+@dataclass
+class CalibrateTask:
+    """text_file or text_files, text_field of JSONL rows, offset (characters of each): the texts.
+
+    context_tokens: read of each. The last num_windows x window_size of them give rows. mixtures: how many draft heads
+    a target head may mix; the best by cosine is written to output, None: a file in the run directory.
+    """
+
+    name: str
+    text_file: str | None
+    text_files: list[str]
+    text_field: str
+    offset: int
+    context_tokens: int
+    window_size: int
+    num_windows: int
+    mixtures: list[int]
+    output: str | None
+
+    def __post_init__(self) -> None:
+        for key, least in (("offset", 0), ("context_tokens", 64), ("window_size", 1), ("num_windows", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least {least}.")
+        if not self.mixtures or min(self.mixtures) < 1:
+            raise UserError(f"task.mixtures={self.mixtures} names no numbers of draft heads; give e.g. [1,4,8,16].")
+        if self.window_size * self.num_windows > self.context_tokens:
+            raise UserError(
+                f"task.num_windows={self.num_windows} of task.window_size={self.window_size} are more than "
+                f"task.context_tokens={self.context_tokens}; lower one of them."
+            )
+
+    @torch.inference_mode()
+    def run(self, config: RunConfig) -> dict[str, Any]:
+        display, path = Display(config.quiet), Path(self.output or Path(str(config.run_dir)) / FILE).expanduser()
+        contents = read_texts(self.name, self.text_file, self.text_files, self.text_field)
+        if len(contents) * self.num_windows < 2:
+            raise UserError("one window of one text leaves nothing to measure the map on; set task.num_windows=2.")
+        config.model.head_map = None  # one is made here
+        with display.waiting("loading the models"):
+            spec = load_generator(config, need_draft=True)
+        texts = {
+            name: passage(spec, name, text, self.offset, self.context_tokens, "task.context_tokens")
+            for name, text in contents.items()
+        }
+        folds = self._read(spec, config.policy, texts, display)
+        figures, head_map = self._best(folds)
+        facts = self._facts(spec, folds, contents)
+        save_head_map(path, head_map, facts | {"results": figures})
+        display.calibration(figures)
+        own = {"output": str(path), "output_bytes": path.stat().st_size, "results": figures}
+        lengths = {"prompt_tokens": self.context_tokens, "text": None}
+        return setting_figures(config, spec) | lengths | own | facts
+
+    def _read(self, spec: SpecSmallKV, policy: Policy, texts: dict[str, list[int]], display: Display) -> list[Fold]:
+        """A fold for each text, or for each window if there is one text."""
+        pair, folds = spec.pair, dict[tuple[str, int], Fold]()
+        decoder = Decoder(pair.target, pair.draft, load_policy("full"), 1, attention=spec.attention)
+        for name, tokens in texts.items():
+            with display.waiting(f"reading {len(tokens)} tokens of {name}"):
+                for window, draft_rows, layers in observe(decoder, tokens, self.num_windows, self.window_size):
+                    key = (name, window if len(texts) == 1 else 0)
+                    if key not in folds:
+                        folds[key] = Fold(HeadMapFit(policy.num_sink_tokens, pair.target.config.num_hidden_layers))
+                    folds[key].add(draft_rows, layers)
+        return list(folds.values())
+
+    def _best(self, folds: list[Fold]) -> tuple[list[dict[str, Any]], HeadMap]:
+        """Figures of every mixture, and the best one's map of all folds, with the similarity on what was left out."""
+        figures, similarities = zip(*(quality(folds, count) for count in sorted(set(self.mixtures))), strict=True)
+        best = max(range(len(figures)), key=lambda index: figures[index]["cosine"])
+        for index, row in enumerate(figures):
+            row["chosen"] = index == best
+        weights = total(folds).solve("mixture", num_heads=figures[best]["num_draft_heads"]).weights
+        return list(figures), HeadMap(weights, similarities[best])
+
+    def _facts(self, spec: SpecSmallKV, folds: list[Fold], contents: dict[str, str]) -> dict[str, Any]:
+        """What the map was made with."""
+        assert spec.pair.draft is not None
+        texts = [
+            {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()} for name, text in contents.items()
+        ]
+        return {
+            "target_fingerprint": fingerprint(spec.pair.target),
+            "draft_fingerprint": fingerprint(spec.pair.draft),
+            "num_rows": sum(fold.fit.num_rows for fold in folds),
+            "num_sink_tokens": folds[0].fit.sinks,
+            "context_tokens": self.context_tokens,
+            "offset": self.offset,
+            "texts": texts,
+        }
+
+
+def observe(
+    decoder: Decoder, tokens: list[int], num_windows: int, size: int
+) -> Iterator[tuple[int, Tensor, Iterator[Tensor]]]:
+    """Both models read the tokens, the last of which are windows; their rows come in chunks of some queries.
+
+    Yields the window's number, the draft's rows (M, W, N) and those of each target layer (H_q, W, N) in turn.
+    """
+    assert decoder.draft_model is not None
+    models, scaling = (decoder.target, decoder.draft_model), attention_scaling(decoder.target)
+    target, draft = caches = [TieredCache(model.config.num_hidden_layers, len(tokens)) for model in models]
+    before = len(tokens) - num_windows * size
+    for model, cache in zip(models, caches, strict=True):
+        for start in range(0, before, PREFILL_CHUNK):
+            chunk = tokens[start : min(start + PREFILL_CHUNK, before)]
+            decoder.forward(model, cache, chunk, AttentionCall(decoder.attention))
+    for window in range(num_windows):
+        begin = before + window * size
+        call = AttentionCall(decoder.attention, num_queries=size)
+        decoder.forward(decoder.target, target, tokens[begin : begin + size], call)
+        for start in range(begin, begin + size, OBSERVED_CHUNK):
+            end = min(start + OBSERVED_CHUNK, begin + size)
+            rows = draft_rows(decoder, draft, tokens[start:end])
+            queries = {index: x[:, :, start - begin : end - begin] for index, x in call.queries.items()}
+            layers = (
+                attention_probabilities(queries[index], layer.keys[:, :, :end], scaling)[0]
+                for index, layer in enumerate(target.layers)
+            )
+            yield window, rows, layers
+
+
+def draft_rows(decoder: Decoder, cache: TieredCache, chunk: list[int]) -> Tensor:
+    """The draft reads the chunk: its rows (M, W, N)."""
+    model = decoder.draft_model
+    assert model is not None
+    config, seen = model.config, cache.seen
+    rows = AttentionRows(
+        config.num_hidden_layers, config.num_attention_heads, len(chunk), seen + len(chunk), model.device
+    )
+    rows.start(seen, len(chunk))
+    decoder.forward(model, cache, chunk, AttentionCall(decoder.attention, rows=rows))
+    return rows.values
+
+
+def total(folds: list[Fold]) -> HeadMapFit:
+    """The sums of several folds together."""
+    fit = HeadMapFit(folds[0].fit.sinks, len(folds[0].fit.squares))
+    for fold in folds:
+        fit.merge(fold.fit)
+    return fit
+
+
+def quality(folds: list[Fold], num_heads: int) -> tuple[dict[str, Any], Tensor]:
+    """How well mixtures of `num_heads` predict each fold when fitted on the others; and the cosines (L, H_q).
+
+    Means over folds, heads and, for the caught mass, sampled rows; the oracle ranks by the true rows.
+    """
+    cosines, caught = [], []
+    for fold in folds:
+        head_map = total([other for other in folds if other is not fold]).solve("mixture", num_heads=num_heads)
+        cosines.append(fold.fit.similarity_of(head_map.weights))
+        caught += [caught_by(head_map, draft, target) for draft, target in fold.samples]
+    similarity, mass = torch.stack(cosines).mean(0), torch.tensor(caught).mean(0).tolist()
+    figures = {
+        "num_draft_heads": num_heads,
+        "cosine": float(similarity.mean()),
+        "cosine_per_layer": similarity.mean(-1).tolist(),
+    }
+    for share, (ours, oracle) in zip(SHARES, mass, strict=True):
+        figures |= {f"mass_at_{share}": ours, f"mass_at_{share}_oracle": oracle}
+    return figures, similarity
+
+
+def caught_by(head_map: HeadMap, draft: Tensor, target: Tensor) -> list[list[float]]:
+    """For each of SHARES, the mass caught by the map and by the oracle; draft (M, N), target (L, H_q, N)."""
+    true = target.float().to(head_map.weights.device)
+    predicted = head_map.weights @ draft.float().to(true.device)
+    return [[float(mass_caught(ranks, true, share).mean()) for ranks in (predicted, true)] for share in SHARES]
