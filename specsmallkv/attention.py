@@ -99,6 +99,12 @@ class AttentionMass:
         other._counted = dict(self._counted)
         return other
 
+    def grow(self, capacity: int) -> None:
+        """Room for a longer sequence; the sums stay."""
+        missing = max(0, capacity - self.capacity)
+        self.capacity += missing
+        self.sums = {index: F.pad(x, (0, missing)) for index, x in self.sums.items()}
+
     def add(self, index: int, layer: TieredLayer, query: Tensor, scaling: float, rows: int | None = None) -> None:
         """Count those of the last queries (1, H_q, q, D) of a layer that are new, `rows` at a time."""
         length, slots = query.shape[2], layer.num_slots

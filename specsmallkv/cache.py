@@ -198,12 +198,15 @@ class TieredLayer(CacheLayerMixin):
         with_keys = self.positions[:, :, : self.num_kept + tail_start - self.tail_start]
         return Candidates(torch.cat((with_keys, self.marginal_positions), dim=2), with_keys.shape[2])
 
-    def retain(self, critical: Tensor, marginal: Tensor, tail_start: int, row_mask: Tensor | None = None) -> None:
+    def retain(
+        self, critical: Tensor, marginal: Tensor, tail_start: int, row_mask: Tensor | None = None, room: int = 0
+    ) -> None:
         """Make these candidates the resident set: evict the others and, from a host store, recall what is missing.
 
         critical (B, H_kv, c), marginal (B, H_kv, m): indices into `candidates(tail_start)`, both sorted by position;
         tokens from `tail_start` on become the tail. row_mask (B, H_kv, q, c): which of the critical tokens each of the
         q queries of the coming verify pass reads; only with it may a head repeat its first index, as padding.
+        room: tokens that will be appended before the next call.
         """
         positions = self.candidates(tail_start).positions
         tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
@@ -216,7 +219,7 @@ class TieredLayer(CacheLayerMixin):
             kept_k, kept_v = select(self.k, critical), select(self.v, critical)
             marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
         kept, length = critical.shape[2], critical.shape[2] + tail_k.shape[2]
-        self._shrink(length + (0 if row_mask is None else row_mask.shape[2]))
+        self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
         self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
         self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         self.kept_positions, self.tail_start = positions.gather(2, critical), tail_start
@@ -269,7 +272,8 @@ class TieredLayer(CacheLayerMixin):
     def _shrink(self, needed: int) -> None:
         """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one.
 
-        The union of several queries' sets may need more slots than one set; the buffer then follows it.
+        The union of several queries' sets, or a layer without marginal tokens, may need more slots than planned for; the
+        buffer then follows.
         """
         slots = max(self.resident_capacity or self.capacity, needed)
         if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():

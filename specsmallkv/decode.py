@@ -20,7 +20,7 @@ from .oracle import AttentionOracle
 from .policies import Evidence, Policy
 from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
-from .tail_term import TRUSTED_SIMILARITY, tail_term
+from .tail_term import BELIEVED_SIMILARITY, tail_term
 
 OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
@@ -188,6 +188,8 @@ class Decoder:
             sequence.draft.grow(limit + room)
         if sequence.evidence.oracle is not None:
             sequence.evidence.oracle.grow(self._rows(room, sequence.target.layers[0].capacity))
+        if sequence.evidence.mass is not None:
+            sequence.evidence.mass.grow(limit + room)
         for layer in sequence.target.layers:
             layer.recall_bytes = 0
         sequence.tokens = sequence.tokens[: sequence.target.seen]
@@ -216,6 +218,7 @@ class Decoder:
                 self._observe_end(base, own, sequence.evidence.queries)
         sequence.evidence.oracle = own
         sequence.draft, sequence.settled = base.draft if self.draft_model else None, True
+        self.foresee(sequence)
         self.evict(sequence, after_prefill=True)
         return sequence
 
@@ -248,8 +251,36 @@ class Decoder:
         if not sequence.settled:
             with sequence.counters.timed("prefill_draft"):
                 self.prefill_draft(sequence)
+                self.foresee(sequence)
                 self.evict(sequence, after_prefill=True)
             sequence.settled = True
+
+    def foresee(self, sequence: Sequence) -> None:
+        """The draft writes some tokens behind the prompt and forgets them; their rows count as accepted ones.
+
+        They follow from the prompt alone, so that what is kept does not depend on speculation.
+        """
+        oracle, draft, count = sequence.evidence.oracle, sequence.draft, self.policy.num_foreseen_tokens
+        if oracle is None or oracle.head_map is None or draft is None or not count:
+            return
+        foreseen = sequence.evidence.foreseen
+        if count not in foreseen:
+            foreseen[count] = self._foreseen_rows(draft, sequence.tokens[draft.seen - 1], count)
+        oracle.add(foreseen[count], count)
+
+    def _foreseen_rows(self, draft: TieredCache, token: int, count: int) -> Tensor:
+        """Sum (M, N) of the draft's rows for `count` tokens from `token`, the last one it read, on."""
+        seen, rows = draft.seen, self._rows(1, draft.seen + count)
+        total = torch.zeros_like(rows.buffer[:, 0, :seen])
+        draft.grow(seen + count)
+        draft.rollback(1)
+        for _ in range(count):
+            rows.start(draft.seen, 1)
+            logits = self.forward(self.draft_model, draft, [token], AttentionCall(self.attention, rows=rows))[-1]
+            total += rows.buffer[:, 0, :seen]
+            token = int(logits.argmax())
+        draft.rollback(draft.seen - seen)
+        return total
 
     def extend(self, sequence: Sequence, tokens: list[int]) -> Tensor:
         """Read further known tokens, at least one, through the compressed cache: logits (V,) of the last one.
@@ -420,7 +451,7 @@ class Decoder:
         if evidence.oracle is not None:
             evidence.saliency = evidence.oracle.interval_saliency(seen)
             evidence.oracle.refresh()
-        self._retain(sequence)
+        self._retain(sequence, self._waiting)
 
     # --- the observation window ------------------------------------------------------------------------------------
 
@@ -467,10 +498,14 @@ class Decoder:
         room = min(self.num_draft_tokens, max_new_tokens) + 1
         if not self.policy.evicts:
             return room, None
-        waiting = max(self.policy.evict_block + room, self._turn_limit)
         num_layers = self.target.config.num_hidden_layers
         critical = [self.policy.tiers(limit, index, num_layers).critical for index in range(num_layers)]
-        return room, [min(count, limit) + waiting for count in critical]
+        return room, [min(count, limit) + self._waiting for count in critical]
+
+    @property
+    def _waiting(self) -> int:
+        """Most tokens that are appended between two evictions, a verify block included."""
+        return max(self.policy.evict_block + self.num_draft_tokens + 1, self._turn_limit)
 
     @property
     def _turn_limit(self) -> int:
@@ -490,24 +525,25 @@ class Decoder:
             count = min(count, block - seen % block - 1)
         return count
 
-    def _retain(self, sequence: Sequence) -> None:
+    def _retain(self, sequence: Sequence, room: int = 0) -> None:
+        """room: tokens that are appended before the next call, if more than what one verify block needs."""
         layers = sequence.target.layers
         for index, layer in enumerate(layers):
-            layer.retain(*self.policy.plan(index, layer, sequence.evidence, sequence.evicted_at))
+            layer.retain(*self.policy.plan(index, layer, sequence.evidence, sequence.evicted_at), room=room)
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 
     def _set_tail_terms(self, sequence: Sequence, oracle: AttentionOracle) -> None:
         policy, saliency = self.policy, sequence.evidence.saliency
         assert saliency is not None and oracle.head_map is not None, "planned before"
-        trusted = oracle.head_map.similarity > TRUSTED_SIMILARITY  # (L, H_q)
+        believed = oracle.believed_heads(BELIEVED_SIMILARITY)
         for index, layer in enumerate(sequence.target.layers):
             layer.tail_term = tail_term(
                 oracle.predict(index),
                 saliency[index],
                 layer,
                 policy.num_sink_tokens,
-                policy.tail_factor * trusted[index],
+                policy.tail_factor * believed[index],
                 policy.tail_pool,
             )
 

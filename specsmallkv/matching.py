@@ -21,6 +21,7 @@ REDUCTIONS = ("mean", "max")
 NUM_MIXED_HEADS = 16  # prototype, Qwen2.5-Coder pair: .49 cosine for the best single head, .57 for 4, .60 for 16
 HISTORY_POOL = 7  # neighbours, as in SnapKV
 HISTORY_MARGIN = 0.05  # cosine by which a head's own history must be better than the draft
+TRUSTED_SIMILARITY = 0.45  # mean cosine of a group's heads below which the draft is not asked about them at all
 NUM_SWEEPS = 50  # coordinate descent; 16 unknowns converge in far fewer
 
 
@@ -30,11 +31,18 @@ class HeadMap:
 
     history_weights: (L, H_q), of the target's own pooled attention before, so that a head that the draft cannot tell
     falls back on what it did itself; None: the draft alone. All weights of a head sum to 1.
+    draft_similarity: (L, H_q), the cosine that the draft's part had before any head fell back; None: as `similarity`.
     """
 
     weights: Tensor
     similarity: Tensor
     history_weights: Tensor | None = None
+    draft_similarity: Tensor | None = None
+
+    def trusted(self, num_kv_heads: int) -> Tensor:
+        """(L, H_kv) bool: groups of heads that the draft can tell; the others keep what `snapkv` would."""
+        similarity = self.similarity if self.draft_similarity is None else self.draft_similarity
+        return similarity.unflatten(1, (num_kv_heads, -1)).mean(dim=2) > TRUSTED_SIMILARITY
 
     def to(self, device: torch.device) -> "HeadMap":
         """The map, without history, on another device."""
@@ -167,7 +175,7 @@ class HeadMapFit:
         of_history = products / (squares * targets).sqrt().clamp_min(1e-12)
         own = of_history > similarity + HISTORY_MARGIN
         weights = weights.masked_fill(own.unsqueeze(-1), 0)
-        return HeadMap(weights, torch.where(own, of_history, similarity), own.float())
+        return HeadMap(weights, torch.where(own, of_history, similarity), own.float(), similarity)
 
 
 def pooled_history(target_rows: Tensor) -> Tensor:

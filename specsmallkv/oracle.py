@@ -22,6 +22,7 @@ class AttentionOracle:
     def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None):
         self.block, self.num_kv_heads, self.prior = block, num_kv_heads, prior
         self.head_map: HeadMap | None = None
+        self.trusted: Tensor | None = None  # (L, H_kv) bool, as `HeadMap.trusted`
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
         self._count = 0.0
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
@@ -64,17 +65,33 @@ class AttentionOracle:
     def fit(self, method: str) -> None:
         """The head map of all that was observed."""
         assert self._fit is not None, "observe before fitting"
-        self.head_map = self._fit.solve(method, self.prior)
+        self._take(self._fit.solve(method, self.prior))
+
+    def _take(self, head_map: HeadMap) -> None:
+        self.head_map, self.trusted = head_map, head_map.trusted(self.num_kv_heads)
 
     def share(self, method: str, prior: Prior | None = None) -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""
         assert self._fit is not None, "fit before sharing"
         other = AttentionOracle(self.block, self.num_kv_heads, prior)
-        other._fit, other.head_map = self._fit, self._fit.solve(method, prior)
+        other._fit = self._fit
+        other._take(self._fit.solve(method, prior))
         other.history = self.history
         other._sum.copy_(self._sum)
         other._count = self._count
         return other
+
+    def believed_heads(self, least: float) -> Tensor:
+        """(L, H_q) bool: heads of trusted groups that are predicted with a cosine above `least`."""
+        assert self.head_map is not None and self.trusted is not None, "the head map is fitted before anybody asks"
+        similarity = self.head_map.similarity
+        group = similarity.shape[1] // self.num_kv_heads
+        return (similarity > least) & self.trusted.repeat_interleave(group, dim=1)
+
+    def add(self, rows: Tensor, count: int) -> None:
+        """Count the sum (M, n) of `count` further rows, foreseen ones, as the interval's."""
+        self._sum[:, : rows.shape[1]] += rows
+        self._count += count
 
     def grow(self, block: AttentionRows) -> None:
         """Another, larger block buffer for a longer sequence; map and interval stay."""

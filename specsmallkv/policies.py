@@ -28,6 +28,7 @@ class Evidence:
     saliency: (L, H_kv, N) from the draft, for policies that ask for it; (L, H_kv, q, N), one per query of the coming
     verify pass, under `selection=query`. scaling: of the target's attention scores.
     mass: the target's accumulated attention, for policies that ask for it. num_layers: of the target.
+    foreseen: by number of rows, the sum (M, N) of the draft's rows behind the prompt; all forks share it.
     """
 
     scaling: float
@@ -37,6 +38,12 @@ class Evidence:
     saliency: Tensor | None = None
     oracle: AttentionOracle | None = None
     mass: AttentionMass | None = None
+    foreseen: dict[int, Tensor] = field(default_factory=dict)
+
+    def trusted(self, index: int) -> Tensor | None:
+        """(H_kv,) bool: which groups of a layer the draft can tell; None if that is all of them, or unknown."""
+        trusted = self.oracle.trusted if self.oracle else None
+        return None if trusted is None or trusted[index].all() else trusted[index]
 
     def fork(self, reads_mass: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""
@@ -89,6 +96,7 @@ class Policy(ABC):
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     compensation = "none"
+    num_foreseen_tokens = 0  # that the draft writes behind the prompt, so that its rows count before they come
 
     def __post_init__(self) -> None:
         if not 0 < self.kv_budget <= 1:
@@ -302,26 +310,77 @@ class DraftPolicy(Policy):
         return max(self.observation_size, self.window_size)
 
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        predicted, trusted = self.predicted_score(index, layer, candidates, evidence), evidence.trusted(index)
+        if trusted is None:
+            return predicted
+        return torch.where(trusted[:, None], predicted, self._without_draft(index, layer, candidates, evidence))
+
+    def predicted_score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        """Importance of each candidate, (1, H_kv, n), where the draft is believed."""
         assert evidence.saliency is not None, "saliency is filled before planning"
         return evidence.saliency[index].unsqueeze(0).gather(-1, candidates.positions)
+
+    def _without_draft(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        """What `snapkv` would keep, its wider recent window included."""
+        rival = SnapKV(name="snapkv", num_sink_tokens=self.num_sink_tokens)
+        scores = rival.score(index, layer, candidates, evidence)
+        newest = int(candidates.positions.max()) + self.window_size - rival.window_size
+        return scores.masked_fill(candidates.positions > newest, torch.finfo(scores.dtype).max)
 
 
 @dataclass(kw_only=True)
 class SmallKV(DraftPolicy):
     """SmallKV (arXiv 2508.02751): draft saliency at every refresh, marginal tokens V-only and compensated.
 
-    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1).
+    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1). Layers with heads that the draft
+    cannot tell have none.
     compensation: "renormalised" (odds against the kept set), "raw" (the draft's own mass) or "none".
+    own_share: part of the score that is the target's own attention so far, a mean over the queries that could see the
+    token; the rest is the draft's, of the rows since the last refresh and of `num_foreseen_tokens` tokens that it
+    writes behind the prompt before the first one (the idea of arXiv 2506.08373).
     """
 
     compensation: str = "renormalised"
-    marginal_share: float = 0.5
+    marginal_share: float = 0.25
+    own_share: float = 0.5
+    num_foreseen_tokens: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("compensation", ("none", "raw", "renormalised"))
-        if not 0 <= self.marginal_share < 1:
-            raise UserError(f"policy.marginal_share={self.marginal_share} is outside [0, 1); give e.g. 0.5.")
+        for key, most in (("marginal_share", "1)"), ("own_share", "1]")):
+            value = getattr(self, key)
+            if not 0 <= value <= 1 or (most == "1)" and value == 1):
+                raise UserError(f"policy.{key}={value} is outside [0, {most}; give e.g. 0.25.")
+        if self.num_foreseen_tokens < 0:
+            raise UserError(
+                f"policy.num_foreseen_tokens={self.num_foreseen_tokens} is negative; give 0 (off) or more."
+            )
+
+    @property
+    def uses_mass(self) -> bool:  # type: ignore[override]
+        return self.own_share > 0
+
+    def predicted_score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
+        by_draft = super().predicted_score(index, layer, candidates, evidence)
+        if not self.uses_mass:
+            return by_draft
+        assert evidence.mass is not None, "the mass is counted from the prompt on"
+        positions = candidates.positions
+        own = evidence.mass.sums[index].gather(-1, positions) / (layer.seen - positions)
+        sinks = positions < self.num_sink_tokens  # kept anyway; their mass would drown the rest
+        own, by_draft = (distribution(x.masked_fill(sinks, 0)) for x in (own, by_draft))
+        return self.own_share * own + (1 - self.own_share) * by_draft
+
+    def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
+        if self.marginal_share and evidence.trusted(index) is not None:
+            return replace(self, marginal_share=0.0).plan(index, layer, evidence, evicted_at)
+        return super().plan(index, layer, evidence, evicted_at)
+
+
+def distribution(scores: Tensor) -> Tensor:
+    """Non-negative scores (..., n), scaled to sum to 1."""
+    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @dataclass(kw_only=True)

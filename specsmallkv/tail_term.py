@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cache import TieredLayer, select
 
-TRUSTED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds are not believed at all
+BELIEVED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds are not believed at all
 
 
 @dataclass

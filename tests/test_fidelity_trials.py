@@ -33,8 +33,7 @@ def test_a_trial_keeps_the_tokens_that_decoding_keeps(trials, name):
     with torch.inference_mode():
         sequence = decoder.start(prompt, 20)
         sequence.tokens.append(int(decoder.prefill(sequence).argmax()))
-        decoder.prefill_draft(sequence)
-        decoder.evict(sequence, after_prefill=True)
+        decoder.settle(sequence)
     assert_same_tokens(opened[name].sequence, sequence)
     assert all(layer.num_slots < 240 for layer in sequence.target.layers)
 

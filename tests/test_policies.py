@@ -3,6 +3,9 @@
 A new policy is a row in POLICIES.
 """
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -93,7 +96,7 @@ def test_a_budget_that_covers_everything_plans_nothing(name):
 
 @pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv", "oracle"])
 def test_the_most_salient_tokens_are_critical_and_the_next_marginal(name):
-    policy = load_policy(name, kv_budget=0.25)
+    policy = load_policy(name, kv_budget=0.25, **({"own_share": 0.0} if name == "smallkv" else {}))
     order = torch.stack([torch.randperm(2 * N, generator=torch.Generator().manual_seed(h)) for h in range(H_KV)])
     saliency = order.unsqueeze(0).float()
     layer = planned(policy, layer_of(N, policy.residency), evidence_of(policy.window_size, saliency))
@@ -110,12 +113,43 @@ def test_the_most_salient_tokens_are_critical_and_the_next_marginal(name):
 def test_drop_never_promotes_a_marginal_token_and_offload_recalls_anything():
     first, second = torch.zeros(2, 1, H_KV, 2 * N)
     first[..., 100:150], second[..., 200:250] = 1.0, 1.0
-    for name, kept_after in (("smallkv", False), ("specsmallkv", True)):
+    for name, kept_after in (("smallkv_paper", False), ("specsmallkv", True)):
         policy = load_policy(name, kv_budget=0.25)
         layer = planned(policy, layer_of(N, policy.residency), evidence_of(policy.window_size, first))
         assert not set(range(200, 250)) <= set(layer.kept_positions[0, 0].tolist())
         planned(policy, layer, evidence_of(policy.window_size, second))
         assert (set(range(200, 250)) <= set(layer.kept_positions[0, 0].tolist())) is kept_after
+
+
+def test_smallkv_adds_the_attention_that_each_query_gave_to_what_the_draft_predicts():
+    saliency = torch.full((1, H_KV, 2 * N), 1e-3)
+    saliency[..., 100:110] = 1.0
+    evidence, layer = evidence_of(32, saliency), layer_of(N, "drop")
+    mass = evidence.mass.sums[0]
+    mass.zero_()
+    mass[..., 20:40], mass[..., 350:360] = 190.0, 45.0  # 0.5 a query that could see the former, nearly 1 the latter
+    for own_share, kept in (
+        (0.0, range(100, 110)),
+        (1.0, range(350, 360)),
+        (0.5, [*range(100, 110), *range(350, 360)]),
+    ):
+        policy = load_policy("smallkv", kv_budget=46.5 / N + 0.025 * (own_share == 0.5), own_share=own_share)
+        policy = replace(policy, marginal_share=0.0)
+        planned_layer = planned(policy, layer_of(N, "drop"), evidence)
+        assert planned_layer.kept_positions[0, 0].tolist()[4:] == [*kept], own_share
+    assert layer.seen == N
+
+
+@pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv"])
+def test_groups_that_the_draft_cannot_tell_keep_what_snapkv_would(name):
+    policy, rival = load_policy(name, kv_budget=0.2), load_policy("snapkv", kv_budget=0.2)
+    evidence = evidence_of(128)
+    evidence.oracle = SimpleNamespace(trusted=torch.tensor([[True, False]]))
+    layer = planned(policy, layer_of(N, policy.residency), evidence)
+    expected = planned(rival, layer_of(N, "drop"), evidence_of(128))
+    assert torch.equal(layer.positions[0, 1], expected.positions[0, 1])
+    assert not torch.equal(layer.positions[0, 0], expected.positions[0, 0]), "the other group follows the draft"
+    assert layer.num_marginal == 0 and layer.nbytes == expected.nbytes
 
 
 def test_snapkv_freezes_the_prompts_scores():
@@ -214,6 +248,8 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("smallkv", "matching", "best"),
         ("smallkv", "compensation", "yes"),
         ("smallkv", "marginal_share", 1.0),
+        ("smallkv", "own_share", 1.5),
+        ("smallkv", "num_foreseen_tokens", -1),
         ("smallkv", "evict_block", 0),
         ("smallkv", "residency", "disk"),
         ("specsmallkv", "residency", "drop"),

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB
 
 from specsmallkv import SpecSmallKV, UserError
-from specsmallkv.attention import AttentionCall
+from specsmallkv.attention import AttentionCall, AttentionMass
 from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy
 
@@ -143,6 +143,7 @@ def test_a_branch_of_a_shared_prefill_equals_a_sequence_of_its_own(target, draft
     base_decoder = Decoder(target, draft, load_policy("specsmallkv", **SETTINGS), 3)
     policy = load_policy(name) if name == "full" else load_policy(name, **SETTINGS)
     base = base_decoder.start(prompt[:100], 50 + NEW)
+    base.evidence.mass = AttentionMass(base.target.layers[0].capacity)
     base_decoder.prefill(base)
     base_decoder.prefill_draft(base)
     for _ in range(2):
