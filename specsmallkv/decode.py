@@ -343,7 +343,7 @@ class Decoder:
             for index, layer in enumerate(sequence.target.layers):
                 if layer.num_marginal:
                     layer.marginal_weights = marginal_weights(
-                        oracle.predict(index),
+                        oracle.predict(index).to(layer.k.device),
                         layer.kept_positions,
                         layer.marginal_positions,
                         layer.tail_start,
@@ -492,8 +492,9 @@ class Decoder:
 
     def _retain(self, sequence: Sequence) -> None:
         layers = sequence.target.layers
+        evidence = {device: evidence_on(device, sequence.evidence) for device in {layer.k.device for layer in layers}}
         for index, layer in enumerate(layers):
-            layer.retain(*self.policy.plan(index, layer, sequence.evidence, sequence.evicted_at))
+            layer.retain(*self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at))
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 
@@ -502,12 +503,13 @@ class Decoder:
         assert saliency is not None and oracle.head_map is not None, "planned before"
         trusted = oracle.head_map.similarity > TRUSTED_SIMILARITY  # (L, H_q)
         for index, layer in enumerate(sequence.target.layers):
+            device = layer.k.device
             layer.tail_term = tail_term(
-                oracle.predict(index),
-                saliency[index],
+                oracle.predict(index).to(device),
+                saliency[index].to(device),
                 layer,
                 policy.num_sink_tokens,
-                policy.tail_factor * trusted[index],
+                (policy.tail_factor * trusted[index]).to(device),
                 policy.tail_pool,
             )
 
@@ -579,6 +581,13 @@ class Decoder:
 def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
     """What a verify pass reads of each sequence: the last token and its drafts."""
     return [[sequence.tokens[-1], *own] for sequence, own in zip(sequences, drafts, strict=True)]
+
+
+def evidence_on(device: torch.device, evidence: Evidence) -> Evidence:
+    """For the layers on this device: the saliency lies on the draft's, and layers may be spread over several."""
+    if evidence.saliency is None or evidence.saliency.device == device:
+        return evidence
+    return replace(evidence, saliency=evidence.saliency.to(device))
 
 
 def attention_scaling(model: PreTrainedModel) -> float:
