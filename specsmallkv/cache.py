@@ -272,8 +272,8 @@ class TieredLayer(CacheLayerMixin):
     def _shrink(self, needed: int) -> None:
         """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one.
 
-        The union of several queries' sets, or a layer without marginal tokens, may need more slots than planned for; the
-        buffer then follows.
+        The union of several queries' sets, or a layer without marginal tokens, may need more slots than planned for;
+        the buffer then follows.
         """
         slots = max(self.resident_capacity or self.capacity, needed)
         if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():

@@ -6,6 +6,7 @@ Hydra fills these dataclasses from `conf/`, so a mistyped key or a wrong type is
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,12 +74,13 @@ ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
 
 def check(config: RunConfig) -> None:
-    """Raise a UserError for the first value that no run can use."""
+    """Raise a UserError for the first value that no run can use; warn of one that this run does not use."""
     for valid, key, value, remedy in (*_model_rules(config.model), *_run_rules(config)):
         if not valid:
             raise UserError(f"{key}={value!r} is not possible; {remedy}.")
     _check_combinations(config)
     _check_unreleased(config)
+    _warn_of_greedy_sampling(config)
 
 
 def _model_rules(model: ModelConfig) -> Iterator[Rule]:
@@ -126,6 +128,13 @@ def _check_unreleased(config: RunConfig) -> None:
             f"batch_size={config.batch_size} is not in this release; "
             "leave it at 1: the prompts of a prompts_file run one after another."
         )
+
+
+def _warn_of_greedy_sampling(config: RunConfig) -> None:
+    for key, off in (("top_p", 1), ("top_k", 0)):
+        if config.temperature == 0 and getattr(config, key) != off:
+            told = f"{key}={getattr(config, key)} has no effect at temperature=0, which is greedy; set temperature."
+            warnings.warn(told, stacklevel=3)
 
 
 def _is_text(value: str) -> bool:

@@ -374,7 +374,7 @@ class Decoder:
             for index, layer in enumerate(sequence.target.layers):
                 if layer.num_marginal:
                     layer.marginal_weights = marginal_weights(
-                        oracle.predict(index),
+                        oracle.predict(index).to(layer.k.device),
                         layer.kept_positions,
                         layer.marginal_positions,
                         layer.tail_start,
@@ -528,8 +528,9 @@ class Decoder:
     def _retain(self, sequence: Sequence, room: int = 0) -> None:
         """room: tokens that are appended before the next call, if more than what one verify block needs."""
         layers = sequence.target.layers
+        evidence = {device: evidence_on(device, sequence.evidence) for device in {layer.k.device for layer in layers}}
         for index, layer in enumerate(layers):
-            layer.retain(*self.policy.plan(index, layer, sequence.evidence, sequence.evicted_at), room=room)
+            layer.retain(*self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at), room=room)
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 
@@ -538,12 +539,13 @@ class Decoder:
         assert saliency is not None and oracle.head_map is not None, "planned before"
         believed = oracle.believed_heads(BELIEVED_SIMILARITY)
         for index, layer in enumerate(sequence.target.layers):
+            device = layer.k.device
             layer.tail_term = tail_term(
-                oracle.predict(index),
-                saliency[index],
+                oracle.predict(index).to(device),
+                saliency[index].to(device),
                 layer,
                 policy.num_sink_tokens,
-                policy.tail_factor * believed[index],
+                (policy.tail_factor * believed[index]).to(device),
                 policy.tail_pool,
             )
 
@@ -615,6 +617,13 @@ class Decoder:
 def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
     """What a verify pass reads of each sequence: the last token and its drafts."""
     return [[sequence.tokens[-1], *own] for sequence, own in zip(sequences, drafts, strict=True)]
+
+
+def evidence_on(device: torch.device, evidence: Evidence) -> Evidence:
+    """For the layers on this device: the saliency lies on the draft's, and layers may be spread over several."""
+    if evidence.saliency is None or evidence.saliency.device == device:
+        return evidence
+    return replace(evidence, saliency=evidence.saliency.to(device))
 
 
 def attention_scaling(model: PreTrainedModel) -> float:

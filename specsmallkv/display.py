@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .generator import Generation
 
-MEBIBYTE = 2**20
+UNITS = ("B", "KiB", "MiB", "GiB")
 WIDTH = 120
 
 
@@ -133,18 +133,11 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if record["target_kv_bytes"] is None:
         return
     full = record["target_kv_bytes_full"]
-    yield (
-        "target KV",
-        f"{mebibytes(record['target_kv_bytes'])} of {mebibytes(full)} full ({record['kv_budget_effective']:.1%})",
-    )
-    yield (
-        "host store",
-        f"{mebibytes(record['target_kv_host_bytes'])}, {mebibytes(record['recall_bytes'])} recalled",
-    )
-    yield (
-        "draft",
-        f"{mebibytes(record['draft_kv_bytes'])} KV, {mebibytes(record['draft_weight_bytes'])} weights",
-    )
+    used = f"{size(record['target_kv_bytes'])} of {size(full)} full"
+    yield "target KV", f"{used} ({record['kv_budget_effective']:.1%})"
+    host, recalled = of_full(record["target_kv_host_bytes"], full), size(record["recall_bytes"])
+    yield "host store", f"{host}, {recalled} recalled"
+    yield "draft KV", f"{of_full(record['draft_kv_bytes'], full)}, and {size(record['draft_weight_bytes'])} of weights"
     yield "tiers per head", tiers(record["kept_per_layer"])
 
 
@@ -154,5 +147,13 @@ def tiers(kept: list[dict[str, int]]) -> str:
     return f"{mean['critical']:.0f} critical, {mean['marginal']:.0f} marginal of {mean['total']:.0f} tokens"
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / MEBIBYTE:.1f} MiB"
+def of_full(count: int, full: int) -> str:
+    """Bytes beside what the target's full cache would have held in its fullest round."""
+    return f"{size(count)} ({count / max(full, 1):.1%} of full)"
+
+
+def size(count: float) -> str:
+    unit = 0
+    while count >= 1024 and unit + 1 < len(UNITS):
+        count, unit = count / 1024, unit + 1
+    return f"{count:.1f} {UNITS[unit]}" if unit else f"{count:.0f} B"

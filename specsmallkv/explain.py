@@ -92,6 +92,9 @@ def unknown_key(key: str) -> str:
     group, dot, leaf = key.rpartition(".")
     if group.partition(".")[0] == "hydra":
         return f"{key} is not a key of Hydra's own; --cfg hydra shows them"
+    if key in known_keys():  # of another option of its group
+        options = [file.stem for file in sorted((CONFIG_DIR / group).glob("*.yaml")) if leaf in OmegaConf.load(file)]
+        return f"{key} is no setting of the chosen {group}; it belongs to {group}={'|'.join(options)}"
     siblings = [known for known in known_keys() if known.startswith(group + dot)] or list(known_keys())
     # By last name, so that `kv_budget` finds `policy.kv_budget`; of two with one name the first stands.
     by_leaf = {known.rpartition(".")[2]: known for known in reversed(siblings)}

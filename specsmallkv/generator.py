@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from .attention import check_selection, choose_backend
@@ -286,7 +287,10 @@ class SpecSmallKV:
         if isinstance(prompt, str) and (not has_template or chat is False):
             return prompt, True
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
+        except TemplateError as error:  # many templates refuse a role, or an order of roles
+            raise UserError(f"The chat template refuses the messages ({error}); correct their roles.") from error
 
     def stream(
         self, prompt: str | Messages | list[int], continues: Generation | None = None, **settings: Any
@@ -334,7 +338,11 @@ class SpecSmallKV:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} is not positive; give at least 1.")
         for model in filter(None, (self.pair.target, self.pair.draft)):
-            window = model.config.max_position_embeddings
+            window, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+            if outside := [i for i in (min(ids), max(ids)) if not 0 <= i < vocabulary]:
+                raise UserError(
+                    f"Token id {outside[0]} is outside the vocabulary of {vocabulary}; use the pair's tokenizer."
+                )
             if len(ids) + max_new_tokens > window:
                 raise UserError(
                     f"The prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the context window "

@@ -28,9 +28,13 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes(device: object) -> int | None:
-    """Peak since the last reset, weights included; None where no system call tells. device: `cuda:0`, `cpu`, ..."""
+    """Peak since the last reset, weights included; None where no system call tells. device: `cuda:0`, `cpu`, ...
+
+    On CUDA the sum over all devices: a target may be spread over several.
+    """
     if str(device).startswith("cuda"):
-        return sys.modules["torch"].cuda.max_memory_allocated(device)
+        cuda = sys.modules["torch"].cuda
+        return sum(cuda.max_memory_allocated(index) for index in range(cuda.device_count()))
     with suppress(OSError):
         if found := re.search(r"VmHWM:\s+(\d+) kB", (PROC / "status").read_text()):
             return int(found[1]) * 1024

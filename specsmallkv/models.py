@@ -24,6 +24,7 @@ from .config import DTYPES, ModelConfig
 from .errors import UserError
 from .matching import HeadMap
 from .memory import is_out_of_memory, shortage
+from .placement import DeviceMap, device_map, empty_model
 from .saved_map import load_head_map
 from .sources import check_weights, model_class, read_config, resolve, typed_config
 from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
@@ -67,11 +68,15 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     dtype = resolve_dtype(config.dtype, device)
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
-    target, tokenizer, origin = load_target(config.target, dtype, device, quiet)
+    spread = None
+    if config.device == "auto":
+        beside = config.draft if need_draft else None
+        spread = device_map(config.target, beside, dtype, quiet, torch.cuda.device_count())
+    target, tokenizer, origin = load_target(config.target, dtype, device, quiet, spread)
     if not (need_draft and config.draft):
         return ModelPair(target, None, tokenizer, origin, None)
     draft, draft_tokenizer, draft_origin = load_draft(
-        config.draft, target, dtype, device, config.target, tokenizer, quiet
+        config.draft, target, dtype, target.device, config.target, tokenizer, quiet
     )
     check_tokenizers_agree(tokenizer, draft_tokenizer, config.target, config.draft)
     _check_vocabulary_fits(config, target, draft, tokenizer)
@@ -80,12 +85,15 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     return ModelPair(target, draft, tokenizer, origin, draft_origin, head_map)
 
 
-def load_target(source: str, dtype: torch.dtype, device: torch.device, quiet: bool = False) -> Loaded:
+def load_target(
+    source: str, dtype: torch.dtype, device: torch.device, quiet: bool = False, spread: DeviceMap | None = None
+) -> Loaded:
+    """Any source, on one device or, with `spread`, its modules where that says."""
     if source.startswith("random:"):
         model = random_model.build(source, dtype).to(device)
         return _freeze(model), byte_tokenizer(), "random weights"
     directory = resolve(source, quiet)
-    model = _load_weights(directory, source, dtype, device, quiet)
+    model = _load_weights(directory, source, dtype, device, quiet, spread)
     origin = getattr(model.config, "specsmallkv_origin", "safetensors")
     return model, load_tokenizer(directory, source), origin
 
@@ -162,11 +170,12 @@ def _saved_head_map(config: ModelConfig, target: PreTrainedModel, draft: PreTrai
 
 
 def _load_weights(
-    directory: Path, source: str, dtype: torch.dtype, device: torch.device, quiet: bool
+    directory: Path, source: str, dtype: torch.dtype, device: torch.device, quiet: bool, spread: DeviceMap | None
 ) -> PreTrainedModel:
     config = typed_config(directory, source)
     check_weights(directory, source)
-    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    where = spread or ({} if device.type == "cpu" else {"": device})
+    placement: dict[str, Any] = {"device_map": where} if where else {}
     try:
         with _loading_messages(quiet):
             model, report = model_class(read_config(directory, source), source).from_pretrained(
@@ -197,8 +206,7 @@ def _load_sharing_embeddings(
 ) -> PreTrainedModel:
     config = typed_config(directory, source)
     check_weights(directory, source)
-    with torch.device("meta"):
-        model = model_class(read_config(directory, source), source)(config)
+    model = empty_model(directory, source)
     try:
         weights = load_file(directory / "model.safetensors", device=str(device))
     except (OSError, SafetensorError) as error:

@@ -57,6 +57,7 @@ class AttentionOracle:
         history = []
         for index, layer in enumerate(cache.layers):
             rows = attention_probabilities(queries[index], layer.keys[:, :, :length], scaling)[0]
+            rows = rows.to(draft_rows.device)  # layers may be spread over several
             self._fit.add_layer(index, rows, None if self.history is None else self.history[index])
             history.append(pooled_history(rows))
         self.history = torch.stack(history)

@@ -313,6 +313,7 @@ class DraftPolicy(Policy):
         predicted, trusted = self.predicted_score(index, layer, candidates, evidence), evidence.trusted(index)
         if trusted is None:
             return predicted
+        trusted = trusted.to(predicted.device)
         return torch.where(trusted[:, None], predicted, self._without_draft(index, layer, candidates, evidence))
 
     def predicted_score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:

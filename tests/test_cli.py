@@ -208,6 +208,10 @@ def test_flags_may_stand_anywhere():
         (["sead=1"], "sead is not a key; did you mean seed?"),
         (["+sead=1"], "sead is not a key; did you mean seed?"),
         (["policy.kv_budgett=1"], "policy.kv_budgett is not a key; did you mean policy.kv_budget?"),
+        (
+            ["policy.compensation=raw"],
+            "policy.compensation is no setting of the chosen policy; it belongs to policy=smallkv|smallkv_paper.",
+        ),
         (["+model.dtyp=x"], "model.dtyp is not a key; did you mean model.dtype?"),
         (["kv_budget=0.1"], "kv_budget is not a key; did you mean policy.kv_budget?"),
         (

@@ -1,6 +1,7 @@
 """Composition: every option and experiment composes, impossible values are refused, prompts are read."""
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def test_impossible_model_and_speculation_values_are_refused(part, key, value):
 
 def test_the_extremes_of_possible_values_are_accepted():
     check(config_with(max_new_tokens=1, temperature=1e-9, top_p=1e-9, top_k=1, seed=2**63 - 1, stop=["\n"]))
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"top_k": 5}])
+def test_sampling_settings_that_greedy_decoding_ignores_are_a_warning(setting):
+    with pytest.warns(UserWarning, match=r"^top_.=.* has no effect at temperature=0, which is greedy; set"):
+        check(config_with(**setting))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(config_with(**setting, temperature=0.7))
+        check(config_with())
 
 
 def test_two_prompt_sources_are_refused_by_name():

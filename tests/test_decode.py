@@ -248,6 +248,20 @@ def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, 
     assert all(layer["critical"] < most for layer in kept), "compression fired in every layer"
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", [*STATIC, "specsmallkv"])
+def test_every_key_held_is_that_of_its_logical_position(target, draft, prompt, name):
+    """Invariant 7 through the model: keys of the first layer depend on token and position alone."""
+    decoder = Decoder(target, draft, load_policy(name, kv_budget=0.3, evict_block=16, window_size=8), 3)
+    *_, (_, sequence) = decoder.generate(prompt, 40)
+    layer, ids = sequence.target.layers[0], torch.tensor([sequence.tokens[: sequence.target.seen]])
+    with torch.inference_mode():
+        full = target(ids, use_cache=True).past_key_values.layers[0].keys
+    assert layer.num_slots < layer.seen, "something was evicted"
+    index = layer.positions.unsqueeze(-1).expand(-1, -1, -1, full.shape[3])
+    torch.testing.assert_close(layer.keys, full.gather(2, index), atol=1e-5, rtol=1e-5)
+
+
 def bytes_in_forced_rounds(decoder, prompt, rounds):
     """Target bytes in each verify pass; every draft is rejected, so that all policies see the same lengths."""
     seen = []

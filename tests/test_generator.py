@@ -93,6 +93,8 @@ def test_a_generation_that_never_began_has_null_figures(spec):
     [
         (lambda spec: spec.generate("x" * 300_000), "exceed the context window"),
         (lambda spec: spec.generate([]), "no tokens"),
+        (lambda spec: spec.generate([5, 320]), "Token id 320 is outside the vocabulary of 320"),
+        (lambda spec: spec.generate([-1, 5]), "Token id -1 is outside"),
         (lambda spec: spec.generate("x", max_new_tokens=0), "max_new_tokens=0"),
         (lambda spec: SpecSmallKV(spec.pair, spec.policy, -1), "num_draft_tokens=-1"),
         (lambda _: SpecSmallKV.from_pretrained(TARGET, None, num_draft_tokens=0), "draft"),
@@ -110,6 +112,27 @@ def test_a_generation_that_never_began_has_null_figures(spec):
 def test_misuse_is_one_sentence_with_its_value(spec, call, problem):
     with pytest.raises(UserError, match=problem):
         call(spec)
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_one_sentence(spec, monkeypatch):
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}hello"
+    monkeypatch.setattr(spec.pair.tokenizer, "chat_template", template)
+    with pytest.raises(
+        UserError, match=r"chat template refuses the messages \(begin with user\); correct their roles\.$"
+    ):
+        spec.generate([{"role": "system", "content": "x"}])
+
+
+@pytest.mark.parametrize("name", ["snapkv", "smallkv", "specsmallkv"])
+def test_a_fifth_of_a_long_prompt_is_a_fifth_of_the_bytes(spec, name):
+    """4,000 tokens; beside the budget stand only the verify block and what waits for the next eviction."""
+    policy = load_policy(name, kv_budget=0.2)
+    ids = torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    figures = SpecSmallKV(spec.pair, policy).generate(ids, max_new_tokens=8, ignore_eos=True).figures()
+    waiting = (policy.evict_block + 4) / 4000
+    assert 0.19 < figures["target_kv_bytes"] / figures["target_kv_bytes_full"] <= 0.2 + waiting
+    assert all((layer["marginal"] > 0) is (name == "smallkv") for layer in figures["kept_per_layer"])
+    assert all(layer["critical"] + layer["marginal"] / 2 <= 0.2 * 4008 + 36 for layer in figures["kept_per_layer"])
 
 
 def test_no_draft_is_loaded_when_nothing_needs_it():

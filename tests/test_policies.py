@@ -136,7 +136,7 @@ def test_smallkv_adds_the_attention_that_each_query_gave_to_what_the_draft_predi
         policy = load_policy("smallkv", kv_budget=46.5 / N + 0.025 * (own_share == 0.5), own_share=own_share)
         policy = replace(policy, marginal_share=0.0)
         planned_layer = planned(policy, layer_of(N, "drop"), evidence)
-        assert planned_layer.kept_positions[0, 0].tolist()[4:] == [*kept], own_share
+        assert planned_layer.kept_positions[0, 0].tolist()[4:] == kept, own_share
     assert layer.seen == N
 
 
