@@ -103,6 +103,17 @@ class Display:
             table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, speed, f"{r['seconds']:.1f}")
         self.console.print(table)
 
+    def perplexity(self, results: list[dict[str, Any]]) -> None:
+        """One line per policy and budget."""
+        table = Table(title="perplexity", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in ("policy", "kv_budget", "perplexity", "full cache", "top-1", "kept", "tokens"):
+            table.add_column(column, overflow="fold")
+        for r in results:
+            numbers = f"{r['perplexity']:.4f}", f"{r['perplexity_full']:.4f}", f"{r['top1_agreement']:.4f}"
+            kept = f"{r['kv_budget_effective'] or 1:.1%}"
+            table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, kept, str(r["scored_tokens"]))
+        self.console.print(table)
+
 
 def live_line(generation: Generation) -> str:
     count, seconds = len(generation.token_ids), max(generation.seconds, 1e-9)

@@ -10,7 +10,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import RunConfig
 from ..errors import UserError
@@ -37,7 +37,7 @@ class Conversations(Benchmark):
     """categories: those that are asked, empty is all; num_examples counts for each."""
 
     categories: list[str]
-    known = MT_BENCH  # not a field: what `categories` may name
+    known: ClassVar[tuple[str, ...]] = MT_BENCH  # what `categories` may name
 
     def read(self, config: RunConfig) -> list[Example]:
         wanted = dict.fromkeys(chosen(self.known, self.categories, "task.categories"), 0)

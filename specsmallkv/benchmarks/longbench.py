@@ -76,7 +76,8 @@ class LongBench(ContextBenchmark):
 
     def read(self, config: RunConfig) -> list[Example]:
         published = json.loads((SAMPLES / "longbench" / "tasks.json").read_text(encoding="utf-8"))
-        names, found = chosen(NAMES, self.tasks), []
+        names = chosen(NAMES, self.tasks)
+        found: list[Example] = []
         for name in names:
             rows = islice(self._rows(name), self.num_examples)
             found += [document(row, where, name, **published[name]) for where, row in rows]

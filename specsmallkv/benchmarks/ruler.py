@@ -104,11 +104,12 @@ class Ruler(ContextBenchmark):
 def maker(name: str, length: int) -> Maker:
     if name in NEEDLES:
         return NEEDLES[name].make
-    return {
+    others: dict[str, Maker] = {
         "vt": variable_tracking,
         "cwe": partial(common_words, length=length),
         "fwe": partial(frequent_words, length=length),
-    }[name]
+    }
+    return others[name]
 
 
 def puzzle(made: Made, name: str) -> Puzzle:

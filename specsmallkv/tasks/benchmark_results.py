@@ -29,7 +29,8 @@ def row_of(system: System, full: Figures | None, plain: Figures | None) -> dict[
     """Bytes are those of the example that held most."""
     figures = system.figures
     fullest = max(figures, key=lambda f: f["target_kv_bytes"], default=dict.fromkeys(OF_FULLEST))
-    row = {"policy": system.name, "kv_budget": system.kv_budget} | compared(figures, full, plain)
+    row: dict[str, Any] = {"policy": system.name, "kv_budget": system.kv_budget}
+    row |= compared(figures, full, plain)
     groups = {f["group"]: f["group"] for f in figures}
     if any(groups):
         row["groups"] = {group: compared(figures, full, plain, group) for group in groups}
@@ -79,7 +80,7 @@ def beside_full(figures: Figures, full: Figures) -> dict[str, Any]:
     """Agreement with the full cache's answers, for which nobody has to know the right ones; paired scores."""
     pairs = list(zip(figures, full, strict=True))
     texts = [(ours, theirs) for f, g in pairs for ours, theirs in zip(f["texts"], g["texts"], strict=True)]
-    row = {
+    row: dict[str, Any] = {
         "same_text": mean([float(ours == theirs) for ours, theirs in texts]),
         "same_prefix": mean([common_prefix(f["tokens"], g["tokens"]) / len(g["tokens"]) for f, g in pairs]),
         "rouge_l_to_full": mean([1.0 if ours == theirs else rouge_l(ours, theirs) for ours, theirs in texts]),
