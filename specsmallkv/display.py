@@ -87,14 +87,41 @@ class Display:
             table.add_row(row["rows"], row["policy"], f"{row['kv_budget']:.4g}", *numbers, *ratios)
         self.console.print(table)
 
-    def retrieval(self, results: list[dict[str, Any]]) -> None:
-        """One line per policy and budget, the full cache and the draft alone."""
-        table = Table(title="retrieval", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for name in ("policy", "kv_budget", "correct", "answered", "kept", "seconds"):
-            table.add_column(name)
+    def benchmark(self, name: str, results: list[dict[str, Any]]) -> None:
+        """One line per policy and budget, and the baselines."""
+        table = Table(title=name, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        columns = (
+            "policy",
+            "kv_budget",
+            "score",
+            "95% interval",
+            "correct",
+            "answered",
+            "kept",
+            "tokens/s",
+            "seconds",
+        )
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for r in results:
-            numbers = f"{r['correct']} of {r['total']}", str(r["answered"]), f"{r['kv_budget_effective'] or 0:.1%}"
-            table.add_row(r["policy"], str(r["kv_budget"]), *numbers, f"{r['seconds']:.1f}")
+            low, high = r["accuracy_interval"] or (None, None)
+            score = "" if r["accuracy"] is None else f"{r['accuracy']:.3f}"
+            interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+            correct = "" if r["correct"] is None else f"{r['correct']} of {r['total']}"
+            numbers = score, interval, correct, str(r["answered"]), f"{r['kv_budget_effective'] or 0:.1%}"
+            speed = f"{r['decode_tokens_per_second'] or 0:.1f}"
+            table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, speed, f"{r['seconds']:.1f}")
+        self.console.print(table)
+
+    def perplexity(self, results: list[dict[str, Any]]) -> None:
+        """One line per policy and budget."""
+        table = Table(title="perplexity", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in ("policy", "kv_budget", "perplexity", "full cache", "top-1", "kept", "tokens"):
+            table.add_column(column, overflow="fold")
+        for r in results:
+            numbers = f"{r['perplexity']:.4f}", f"{r['perplexity_full']:.4f}", f"{r['top1_agreement']:.4f}"
+            kept = f"{r['kv_budget_effective'] or 1:.1%}"
+            table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, kept, str(r["scored_tokens"]))
         self.console.print(table)
 
 

@@ -265,13 +265,16 @@ class SpecSmallKV:
             return beginning + tokenizer(text[len(said) :], add_special_tokens=False)["input_ids"]
         return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def encode_parts(self, context: str, question: str, chat: bool | None = None) -> tuple[list[int], int]:
+    def encode_parts(
+        self, context: str, question: str, chat: bool | None = None, prefix: str = ""
+    ) -> tuple[list[int], int]:
         """Ids of the prompt context + question, and how many of them lie before the question.
 
-        The border changes no id; a token that spans it counts as the question's.
+        The border changes no id; a token that spans it counts as the question's. prefix: how the answer begins.
         """
         text, add_special_tokens = self.render(context + question, chat)
         border = text.rindex(question.strip())  # templates strip
+        text += prefix
         encoded = self.pair.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"]]
         return encoded["input_ids"], next(i for i, end in enumerate(ends) if end > border)

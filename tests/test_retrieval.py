@@ -9,8 +9,9 @@ from specsmallkv import SpecSmallKV, UserError
 from specsmallkv.config import ModelConfig, RunConfig, SpeculationConfig
 from specsmallkv.presets import load_policy
 from specsmallkv.tasks.generate import load_generator
-from specsmallkv.tasks.retrieval import RetrievalTask, System
-from specsmallkv.tasks.retrieval_data import Example, make_examples, read_examples
+from specsmallkv.tasks.retrieval import RetrievalTask
+from specsmallkv.tasks.retrieval_data import ListExample, make_examples, read_examples
+from specsmallkv.tasks.systems import System
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
@@ -21,7 +22,8 @@ KV_ROW = {"ordered_kv_records": [[KEYS[0], KEYS[1]], [KEYS[2], KEYS[3]]], "key":
 
 def task(**changes):
     settings = {"kind": "lines", "data_path": None, "num_items": 8, "num_examples": 2, "seed": 5}
-    settings |= {"query_aware": False, "policies": [], "kv_budgets": []} | changes
+    settings |= {"query_aware": False, "policies": [], "kv_budgets": []}
+    settings |= {"baselines": ["full", "draft"], "max_new_tokens": 16} | changes
     return RetrievalTask(name="retrieval", **settings)
 
 
@@ -95,7 +97,8 @@ def test_a_row_of_another_format_is_refused_with_its_line(tmp_path, kind, conten
 
 
 def test_the_last_number_or_value_is_the_answer():
-    lines, kv = Example("lines", "", "", "7"), Example("kv", "", "", KEYS[1], KEYS[0])
+    lines = ListExample(kind="lines", context="", question="", expected="7")
+    kv = ListExample(kind="kv", context="", question="", expected=KEYS[1], asked=KEYS[0])
     assert lines.find_answer("line 3 holds <0007>.") == "7" and lines.find_answer("none") is None
     assert lines.find_answer("17") == "17"
     assert kv.find_answer(f"{KEYS[1].upper()} belongs to {KEYS[0]}") == KEYS[1]
@@ -119,7 +122,8 @@ def test_impossible_settings_are_refused(changes, problem):
 @pytest.mark.parametrize("chat", [None, False])
 def test_the_border_before_the_question_changes_no_id(chat):
     spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
-    for example in (*make_examples("kv", 5, 2, 0), Example("lines", "naïve 🙂\n", "  What?\n", "1")):
+    odd = ListExample(kind="lines", context="naïve 🙂\n", question="  What?\n", expected="1")
+    for example in (*make_examples("kv", 5, 2, 0), odd):
         ids, border = spec.encode_parts(example.context, example.question, chat)
         assert ids == spec.encode(example.context + example.question, chat)
         before, after = (spec.pair.tokenizer.decode(part) for part in (ids[:border], ids[border:]))
@@ -197,7 +201,7 @@ def test_ctrl_c_keeps_the_answers_there_are(tmp_path, monkeypatch):
         asked.append(self.name)
         return own(self, *args)
 
-    monkeypatch.setattr("specsmallkv.tasks.retrieval.System.answer", answer)
+    monkeypatch.setattr("specsmallkv.tasks.systems.System.answer", answer)
     record = task().run(config(tmp_path))
     assert record["interrupted"] and [row["total"] for row in record["results"]] == [2, 1, 1]
     assert len(rows_of(record)) == 4

@@ -50,6 +50,13 @@ def arguments(task: str, text_file: Path) -> list[str]:
         "generate": ["prompt=hello"],
         "fidelity": [f"task.text_file={text_file}", "task.context_tokens=64", "task.eval_tokens=4"],
         "retrieval": ["task.num_items=5", "task.num_examples=1", "max_new_tokens=2"],
+        "gsm8k": ["task.num_examples=1"],
+        "bbh": ["task.num_examples=1", "task.tasks=[sports_understanding]"],
+        "longbench": ["task.num_examples=1", "task.tasks=[trec]"],
+        "ruler": ["task.num_examples=1", "task.tasks=[niah_single_1]", "task.length=600"],
+        "mt_bench": ["task.num_examples=1", "task.categories=[stem]"],
+        "spec_bench": ["task.num_examples=1", "task.categories=[qa]"],
+        "perplexity": ["task.num_examples=1", "task.context_tokens=64", "task.eval_tokens=4"],
         "distill": [
             f"task.text_files=[{text_file}]",
             f"task.output_dir={text_file.parent}/distilled",

@@ -11,6 +11,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from ..benchmarks.example import Example, Verdict
 from ..errors import UserError
 from ..prompts import read_rows
 
@@ -26,15 +27,17 @@ KV_INTRODUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class Example:
-    """context + question is the prompt. asked: the key, which does not count as an answer."""
+@dataclass(frozen=True, kw_only=True)
+class ListExample(Example):
+    """A list and a question about one item. asked: the item's key, which does not count as an answer."""
 
     kind: str
-    context: str
-    question: str
     expected: str
     asked: str = ""
+
+    def judge(self, text: str) -> Verdict:
+        answer = self.find_answer(text)
+        return Verdict(answer, float(answer == self.expected))
 
     def find_answer(self, text: str) -> str | None:
         """What the text gives as the answer: its last number, or its last UUID that is not the key; None if none."""
@@ -43,9 +46,9 @@ class Example:
         return next((value for value in reversed(UUID.findall(text.lower())) if value != self.asked), None)
 
 
-def read_examples(kind: str, path: str, count: int) -> list[Example]:
+def read_examples(kind: str, path: str, count: int) -> list[ListExample]:
     """The first `count` rows of a JSONL file (.gz too). Raises UserError for a row of another format."""
-    examples: list[Example] = []
+    examples: list[ListExample] = []
     for where, row in read_rows("task.data_path", path):
         if len(examples) == count:
             break
@@ -57,39 +60,41 @@ def read_examples(kind: str, path: str, count: int) -> list[Example]:
     return examples
 
 
-def _line_row(row: Any) -> Example:
+def _line_row(row: Any) -> ListExample:
     context, question = row["prompt"].rsplit("\n\n", 1)
-    return Example("lines", context + "\n\n", question.strip(), str(int(row["expected_number"])))
+    expected = str(int(row["expected_number"]))
+    return ListExample(kind="lines", context=context + "\n\n", question=question.strip(), expected=expected)
 
 
-def _kv_row(row: Any) -> Example:
+def _kv_row(row: Any) -> ListExample:
     records = [(str(key), str(value)) for key, value in row["ordered_kv_records"]]
     if dict(records)[row["key"]] != row["value"] or not UUID.fullmatch(row["value"]):
         raise ValueError
     return _kv_example(records, row["key"], row["value"])
 
 
-def make_examples(kind: str, num_items: int, count: int, seed: int) -> list[Example]:
+def make_examples(kind: str, num_items: int, count: int, seed: int) -> list[ListExample]:
     """Example i depends on the seed and on i alone, not on `count`."""
     make = _make_lines if kind == "lines" else _make_kv
     return [make(num_items, random.Random(f"{seed}-{index}")) for index in range(count)]
 
 
-def _make_lines(num_items: int, rng: random.Random) -> Example:
+def _make_lines(num_items: int, rng: random.Random) -> ListExample:
     names: dict[str, int] = {}
     while len(names) < num_items:
         names.setdefault(f"{_word(rng)}-{_word(rng)}", rng.randrange(1, 50_000))
     lines = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in names.items())
     asked = rng.choice(list(names))
     question = f"The list is over. What is the REGISTER_CONTENT of line {asked}? Answer with the number."
-    return Example("lines", LINES_INTRODUCTION + lines + "\n", question, str(names[asked]), asked)
+    context, expected = LINES_INTRODUCTION + lines + "\n", str(names[asked])
+    return ListExample(kind="lines", context=context, question=question, expected=expected, asked=asked)
 
 
 def _word(rng: random.Random) -> str:
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
 
 
-def _make_kv(num_items: int, rng: random.Random) -> Example:
+def _make_kv(num_items: int, rng: random.Random) -> ListExample:
     def new() -> str:
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
@@ -97,6 +102,7 @@ def _make_kv(num_items: int, rng: random.Random) -> Example:
     return _kv_example(records, *rng.choice(records))
 
 
-def _kv_example(records: list[tuple[str, str]], key: str, value: str) -> Example:
+def _kv_example(records: list[tuple[str, str]], key: str, value: str) -> ListExample:
     context = KV_INTRODUCTION + json.dumps(dict(records), indent=1) + "\n\n"
-    return Example("kv", context, f'What is the value of the key "{key}"? Answer with the value.', value, key)
+    question = f'What is the value of the key "{key}"? Answer with the value.'
+    return ListExample(kind="kv", context=context, question=question, expected=value, asked=key)

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each: where the rows come from, the published prompt, the published scorer."""
