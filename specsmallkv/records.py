@@ -184,7 +184,7 @@ def by_task(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def heading(key: str) -> str:
-    return f"{key.removesuffix('_bytes')} MiB" if key.endswith("_bytes") else key.replace("_bytes_", "_")
+    return f"{key.replace('_bytes', '')} MiB" if "_bytes" in key else key
 
 
 def shown(key: str, value: Any) -> str:
@@ -192,7 +192,7 @@ def shown(key: str, value: Any) -> str:
     if value is None:
         return ""
     if "_bytes" in key and isinstance(value, int | float):
-        return f"{value / MEBIBYTE:.1f}"
+        return f"{value / MEBIBYTE:.4g}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

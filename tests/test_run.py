@@ -1,6 +1,7 @@
 """A run as a whole on tiny random models: every task's record is complete, also when Ctrl-C or the memory ends it."""
 
 import gc
+import io
 import json
 import re
 import sys
@@ -28,6 +29,7 @@ MODEL_TASKS = [task for task in names("task") if task != "report"]  # that one r
 def run(tmp_path, monkeypatch, capsys):
     """Run the command line: exit code, records of stdout's last lines, whole stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))  # for task=chat
 
     def run(*argv: str) -> tuple[int, list[dict], str, str]:
         code = main([*TINY, *argv])
@@ -57,6 +59,7 @@ def arguments(task: str, text_file: Path) -> list[str]:
             f"task.output_dir={text_file.parent}/distilled",
             *("task.layers=[0]", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
         ],
+        "chat": ["max_new_tokens=2"],  # the fixture types for it
         "report": [f"task.dir={text_file.parent}"],
     }[task]
 

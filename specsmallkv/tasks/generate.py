@@ -85,23 +85,24 @@ class GenerateTask:
             observed = Observed(generation, config, number)
             try:
                 reset_peak_memory()
-                self._show(generation, display)
+                show(generation, display)
             except KeyboardInterrupt:
                 return [*outputs, generation.figures() | observed.write(display)], True
             outputs.append(generation.figures() | observed.write(display))
             generation.sequence = None
         return outputs, False
 
-    def _show(self, generation: Generation, display: Display) -> None:
-        """Text to stdout as it comes, a line break behind it whatever happens."""
-        try:
-            with display.progress(generation) as progress:
-                for piece in generation:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-                    progress()
-        finally:
-            print(flush=True)
+
+def show(generation: Generation, display: Display) -> None:
+    """Text to stdout as it comes, a line break behind it whatever happens."""
+    try:
+        with display.progress(generation) as progress:
+            for piece in generation:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                progress()
+    finally:
+        print(flush=True)
 
 
 class Observed:
@@ -137,15 +138,19 @@ class Observed:
 def open_stream(spec: SpecSmallKV, request: Request, config: RunConfig) -> Generation:
     prompt = request.messages if request.messages is not None else request.prompt
     assert prompt is not None, "a request has a prompt or messages"
-    return spec.stream(
-        prompt,
-        max_new_tokens=config.max_new_tokens,
-        sampler=Sampler(config.temperature, config.top_p, config.top_k),
-        seed=config.seed,
-        stop=tuple(config.stop),
-        chat=config.chat,
-        ignore_eos=config.ignore_eos,
-    )
+    return spec.stream(prompt, **generation_settings(config))
+
+
+def generation_settings(config: RunConfig) -> dict[str, Any]:
+    """The fields of `GenerationSettings` that a run's configuration has."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "sampler": Sampler(config.temperature, config.top_p, config.top_k),
+        "seed": config.seed,
+        "stop": tuple(config.stop),
+        "chat": config.chat,
+        "ignore_eos": config.ignore_eos,
+    }
 
 
 def combine(outputs: list[dict[str, Any]]) -> dict[str, Any]:

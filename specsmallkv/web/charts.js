@@ -120,7 +120,7 @@ function columns(box, series, options) {
 
 // --- lines: one per series over numbers --------------------------------------------------------------------------------
 
-// series: [{name, fill, dash, points: [{x, y, low, high, about}]}]; options: title, x, y (names of the axes), logX, logY, share
+// series: [{name, fill, dash, shape, points: [{x, y, low, high, about}], across: a single point is a level}]; options: title, x, y (names of the axes), logX, logY, share
 function lines(box, series, options) {
   const width = box.clientWidth || 520, height = 300, left = 54, right = 10, top = 30, bottom = 44;
   const points = series.flatMap((s) => s.points), xs = points.map((p) => p.x), ys = points.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]);
@@ -144,7 +144,7 @@ function lines(box, series, options) {
   svg.append(make("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, options.x));
   for (const s of series) {
     const sorted = [...s.points].sort((a, b) => a.x - b.x);
-    svg.append(make("polyline", { points: sorted.map((p) => `${x(p.x)},${y(p.y)}`).join(" "), fill: "none", stroke: s.fill, "stroke-width": 2, "stroke-dasharray": s.dash || null, "stroke-linejoin": "round" }));
+    svg.append(make("polyline", { points: s.across && sorted.length === 1 ? `${left},${y(sorted[0].y)} ${width - right},${y(sorted[0].y)}` : sorted.map((p) => `${x(p.x)},${y(p.y)}`).join(" "), fill: "none", stroke: s.fill, "stroke-width": 2, "stroke-dasharray": s.dash || null, "stroke-linejoin": "round" }));
     for (const p of sorted) {
       if (p.low !== undefined) svg.append(make("line", { x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), stroke: s.fill, "stroke-width": 1.2 }));
       svg.append(marker(s.shape, x(p.x), y(p.y), s.fill));

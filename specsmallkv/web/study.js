@@ -1,6 +1,6 @@
 // The page of a set of records.
 const FILLS = ["blue", "orange", "green", "pink", "amber", "sky", "grey"];
-const LOOKS = { full: { fill: "var(--text)", dash: "2 4" }, oracle: { fill: "var(--grey)", dash: "6 4" } };
+const LOOKS = { full: { fill: "var(--text)", dash: "2 4", across: true }, oracle: { fill: "var(--grey)", dash: "6 4" } };
 const looks = new Map();
 function look(name) {  // the same line looks the same in every picture
   if (!looks.has(name)) {
@@ -23,10 +23,15 @@ function picture(figure) {
   const title = DATA.tables.length > 1 ? `${figure.title} (${figure.task})` : figure.title;
   if (figure.kind === "lines") {
     const series = figure.series.map((s) => ({ ...s, ...look(s.name), points: s.points.map((p) => ({ ...p, about: about(figure, s.name, p) })) }));
-    legend(list, series.map((s) => [s.name, s.fill]));
+    list.replaceChildren(...series.map((s) => make("li", {}, sample(s), s.name)));
     return [holder, () => lines(box, series, { title, x: "kv_budget: share of the full cache's bytes", logX: true, logY: figure.log, share: figure.share })];
   }
   return [holder, () => bars(box, figure, title)];
+}
+function sample(s) {  // of a line and its marker
+  const svg = make("svg", { width: 30, height: 12 });
+  svg.append(make("line", { x1: 0, x2: 30, y1: 6, y2: 6, stroke: s.fill, "stroke-width": 2, "stroke-dasharray": s.dash || null }), marker(s.shape, 15, 6, s.fill));
+  return svg;
 }
 function bars(box, figure, title) {
   const most = figure.share ? 1 : Math.max(...figure.bars.map((b) => b.high ?? b.y), 1e-12), several = new Set(figure.bars.map((b) => b.budget)).size > 1;
@@ -43,7 +48,7 @@ function bars(box, figure, title) {
 $("title").textContent = DATA.directory;
 $("lead").textContent = DATA.tables.map((t) => `${t.task}: ${t.rows.length} ${t.rows.length === 1 ? "row" : "rows"}`).join("; ");
 const failed = Object.entries(DATA.failed);
-tiles($("tiles"), [[DATA.records, "records"], [DATA.rows, "rows"], failed.length ? [failed.length, "failed"] : null, DATA.interrupted.length ? [DATA.interrupted.length, "interrupted"] : null, [DATA.surroundings.length, "kinds of versions, commit and machine"]]);
+tiles($("tiles"), [[DATA.records, "records"], [DATA.rows, "rows"], failed.length ? [failed.length, "failed"] : null, DATA.interrupted.length ? [DATA.interrupted.length, "interrupted"] : null, [DATA.surroundings.length, DATA.surroundings.length === 1 ? "set of versions, commit and machine" : "sets of versions, commit and machine"]]);
 if (failed.length) table($("failed"), ["record", "error"], failed, new Set(), new Set([1])); else $("failed-section").remove();
 const pictures = DATA.figures.map(picture);
 if (!pictures.length) $("figures-section").remove();
