@@ -126,7 +126,7 @@ def test_samples_hold_what_the_device_held(pair, prompt):
 
 def test_heads_are_spread_from_best_to_worst():
     similarity = np.arange(12.0).reshape(3, 4)
-    assert spread_heads(similarity, 3) == [(2, 3), (1, 2), (0, 0)]
+    assert spread_heads(similarity, 3) == [(2, 3), (1, 1), (0, 0)]
     assert len(spread_heads(similarity, 50)) == 12
     assert [n for n in range(1, 70) if is_power(n, 4)] == [1, 4, 16, 64]
 

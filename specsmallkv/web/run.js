@@ -243,7 +243,7 @@ function attentionSection() {
 const shade = (v) => `color-mix(in oklab, var(--high) ${Math.round(100 * clamp(v, 0, 1))}%, var(--low))`;
 function similarityGrid(similarity, chosen) {
   const box = $("similarity"), layers = similarity.length, heads = similarity[0].length, left = 44, top = 4;
-  const cell = clamp((box.clientWidth - left) / layers, 3, 34), tall = clamp(cell, 6, 20), width = left + cell * layers + 8, height = top + tall * heads + 34;
+  const cell = clamp((box.clientWidth - left) / layers, 3, 34), tall = clamp(cell, 6, 20), width = left + cell * layers + 8, height = top + tall * heads + 20;
   const svg = make("svg", { width, height, role: "img", "aria-label": "match quality per layer and head", "data-tips": "" });
   const gap = cell > 8 ? 1.5 : 0;
   similarity.forEach((row, layer) => row.forEach((value, head) => {
@@ -255,7 +255,6 @@ function similarityGrid(similarity, chosen) {
   }));
   for (const t of ticks(0, layers - 1, cell < 14 ? 5 : 10)) if (Number.isInteger(t)) svg.append(make("text", { x: left + cell * (t + 0.5), y: top + tall * heads + 15, "text-anchor": "middle" }, t));
   for (const t of ticks(0, heads - 1, Math.min(heads, tall * heads / 34))) if (Number.isInteger(t)) svg.append(make("text", { x: left - 8, y: top + tall * (t + 0.5) + 4, "text-anchor": "end" }, t));
-  svg.append(make("text", { x: left + cell * layers, y: height - 3, "text-anchor": "end" }, "target layer →"), make("text", { x: 0, y: height - 3 }, "head ↑"));
   box.replaceChildren(svg);
 }
 function profile() {
@@ -319,10 +318,10 @@ function ledger() {
     const used = rows.filter(([, value]) => value), most = Math.max(...used.map(([, value, , , full]) => Math.max(value, full || 0)));
     if (!used.length) continue;
     const grid = make("div", { class: "ledger" });
-    for (const [label, value, fill, remark, full] of used) grid.append(
+    for (const [label, value, fill, remark, full] of used) grid.append(make("div", { class: "entry" },
       make("div", { class: "label" }, label, remark ? make("small", {}, remark) : null),
       make("div", { class: "bar" }, full ? make("i", { class: "outline", style: `width:${100 * full / most}%` }) : null, make("i", { style: `width:${100 * value / most}%;background:var(--${fill})` })),
-      make("div", { class: "value" }, bytes(value), full ? make("small", {}, `of ${bytes(full)}`) : null));
+      make("div", { class: "value" }, bytes(value), full ? make("small", {}, `of ${bytes(full)}`) : null)));
     $("ledger").append(make("h3", {}, name), grid);
   }
   const total = sum([record.target_weight_bytes, record.draft_weight_bytes, record.target_kv_bytes, record.draft_kv_bytes, record.scratch_bytes].map((x) => x || 0));

@@ -39,7 +39,7 @@ function bars(box, figure, title) {
   for (const b of figure.bars) {
     const bar = make("div", { class: "bar", "data-tips": "" }, make("i", { style: `width:${100 * b.y / most}%;background:${look(b.name).fill}` }));
     tips(bar, () => about(figure, b.name, b));
-    grid.append(make("div", { class: "label" }, b.name, several ? make("small", {}, `kv_budget ${short(b.budget)}`) : null), bar, make("div", { class: "value" }, figure.share ? percent(b.y, 1) : short(b.y)));
+    grid.append(make("div", { class: "entry" }, make("div", { class: "label" }, b.name, several ? make("small", {}, `kv_budget ${short(b.budget)}`) : null), bar, make("div", { class: "value" }, figure.share ? percent(b.y, 1) : short(b.y))));
   }
   box.replaceChildren(make("h3", {}, title), grid);
   if (figure.left_out) box.append(make("p", { class: "note" }, `${figure.left_out} more are in the table.`));
