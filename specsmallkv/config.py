@@ -7,7 +7,7 @@ Hydra fills these dataclasses from `conf/`, so a mistyped key or a wrong type is
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -65,8 +65,10 @@ class RunConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     seed: int = 0
-    report: bool = False
+    report: bool = False  # an HTML page of this run beside its record, and the trace
+    trace: bool = False  # a JSONL row per round beside the record
     quiet: bool = False  # no live status and no table on stderr
+    resume: bool = True  # in a sweep, leave out points that have a record in hydra.sweep.dir
     run_dir: Optional[str] = None  # where the record goes; None: Hydra's directory of the run
 
 
@@ -116,13 +118,17 @@ def _check_combinations(config: RunConfig) -> None:
         raise UserError(f"{' and '.join(given)} are given together; keep one of them.")
     if config.messages_file is not None and config.chat is False:
         raise UserError("chat=false leaves the messages_file without the template it needs; drop one of them.")
+    task = config.task.get("name") if isinstance(config.task, Mapping) else None
+    for key in ("report", "trace"):
+        if getattr(config, key) and task != "generate":
+            raise UserError(
+                f"{key}=true shows a run of task=generate; for other records use task=report task.dir=DIR."
+            )
 
 
 def _check_unreleased(config: RunConfig) -> None:
     if config.speculation.adaptive:
         raise UserError("speculation.adaptive=true is not in this release; set num_draft_tokens instead.")
-    if config.report:
-        raise UserError("report=true is not in this release; the JSON record holds every number of the run.")
     if config.batch_size != 1:
         raise UserError(
             f"batch_size={config.batch_size} is not in this release; "

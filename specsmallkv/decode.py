@@ -30,11 +30,12 @@ TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each w
 
 @dataclass
 class Round:
-    """What one verify pass gave: the emitted tokens (accepted drafts, then correction or bonus)."""
+    """What one verify pass gave: the emitted tokens (accepted drafts, then correction or bonus); drafts: proposed."""
 
     tokens: list[int]
     num_drafted: int = 0
     num_accepted: int = 0
+    drafts: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Sequence:
     evidence: Evidence
     evicted_at: int  # committed length of the last eviction event; the prompt's at first
     settled: bool = False  # the draft has read the prompt and static policies have compressed it
+    logits: Tensor | None = None  # of the last verify pass, (k + 1, V), or of the prompt's end, (1, V): for observers
     counters: Counters = field(default_factory=Counters)
 
 
@@ -144,6 +146,7 @@ class Decoder:
         generator, stop_ids = torch.Generator(self.device).manual_seed(seed), stop_ids or set()
         first, _ = propose(logits, self.sampler, generator)
         sequence.tokens.append(first)
+        sequence.logits = logits.unsqueeze(0)
         yield Round([first]), sequence
         while len(sequence.tokens) < sequence.limit and sequence.tokens[-1] not in stop_ids:
             self.settle(sequence)
@@ -165,7 +168,7 @@ class Decoder:
             self.rollback(sequence, len(drafts) + 1 - len(emitted))
             self.evict(sequence)
         counters.add(len(emitted), len(drafts), accepted)
-        return Round(emitted, len(drafts), accepted)
+        return Round(emitted, len(drafts), accepted, drafts)
 
     # --- its verbs -------------------------------------------------------------------------------------------------
 
@@ -400,7 +403,7 @@ class Decoder:
         """One target pass over the last token and the drafts: logits (k + 1, V)."""
         (tokens,) = next_tokens([sequence], [drafts])
         call = self.verify_call(sequence, len(tokens))
-        logits = self.forward(self.target, sequence.target, tokens, call, len(tokens))
+        logits = sequence.logits = self.forward(self.target, sequence.target, tokens, call, len(tokens))
         self._verified(sequence, call)
         return logits
 

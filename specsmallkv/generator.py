@@ -8,7 +8,7 @@ into figures.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,7 @@ class Generation:
     """One text in the making: iterate for its pieces; `text` and `figures()` hold what there is at any time.
 
     reused_tokens: how many prompt tokens the caches of the generation that this one continues had read.
+    observer: is shown every round when it is complete (`trace.py`); its own time is not in `seconds`.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Generation:
         self.token_ids: list[int] = []
         self.seconds = self.ttft_seconds = 0.0
         self.sequence: Sequence | None = None
+        self.observer: Callable[[Round, Sequence], None] | None = None
+        self._observing = 0.0  # seconds
         self._continued = continues
         self.reused_tokens = continues.target.seen if continues else 0
         self._state = NEW
@@ -97,9 +100,9 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         started = time.perf_counter()
         for round_ in self._rounds():
-            self.ttft_seconds = self.ttft_seconds or time.perf_counter() - started
+            self.ttft_seconds = self.ttft_seconds or time.perf_counter() - started - self._observing
             pieces = [self._push(token) for token in round_.tokens if not self._stream.stopped]
-            self.seconds = time.perf_counter() - started
+            self.seconds = time.perf_counter() - started - self._observing
             yield "".join(pieces)
             if self._stream.stopped:
                 return
@@ -116,11 +119,18 @@ class Generation:
         )
         for round_, self.sequence in rounds:
             self._state = AT_REST
+            self._observe(round_)
             yield round_
             if self._state == HANDED_OVER:
                 return
             self._state = RUNNING
         self._state = AT_REST
+
+    def _observe(self, round_: Round) -> None:
+        if self.observer is not None and self.sequence is not None:
+            started = time.perf_counter()
+            self.observer(round_, self.sequence)
+            self._observing += time.perf_counter() - started
 
     def check_continuation(self, ids: list[int]) -> None:
         """Raise a UserError unless a prompt `ids` may take over the caches of this generation."""

@@ -3,6 +3,7 @@
 It knows where a record goes and what surroundings every record names; what was measured comes from the task.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -56,8 +57,10 @@ CONTRACT_KEYS = (
     "versions",
     "git_hash",
     "config",
+    "config_hash",
     "interrupted",
 )
+UNHASHED = ("quiet", "resume", "run_dir")  # what a run says and where it goes, not what it is
 
 
 def complete(task: str | None, outcome: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -83,18 +86,32 @@ def asked_for(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def config_hash(config: Mapping[str, Any]) -> str:
+    """16 hex digits that two runs share if their resolved configurations are the same; files are named, not read."""
+    relevant = {key: value for key, value in config.items() if key not in UNHASHED}
+    return hashlib.sha256(json.dumps(plain(relevant), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def failure(config: Mapping[str, Any], settings: Mapping[str, Any], error: str) -> dict[str, Any]:
+    """The record of a run that failed; both mappings are empty where a configuration cannot be resolved."""
+    known = {"schema_version": SCHEMA_VERSION, "interrupted": False, "seed": config.get("seed")}
+    known |= {"task": config.get("task", {}).get("name"), "error": error}
+    return dict.fromkeys(CONTRACT_KEYS) | known | dict(settings) | environment()
+
+
 def write_record(record: Mapping[str, Any], directory: str | Path) -> None:
     """Write `record.json` (whole or not at all) and print the same document as one line."""
     line = json.dumps(plain(record), allow_nan=False)
     try:
-        _replace(Path(directory) / "record.json", line + "\n")
+        write_whole(Path(directory) / "record.json", line + "\n")
     except OSError as error:
         raise UserError(f"the record cannot be written to {directory} ({error.strerror}); set run_dir=DIR.") from error
     finally:
         print(line, flush=True)  # the run's outcome is worth showing even where it cannot be kept
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all, with the directories above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
         try:

@@ -1,42 +1,95 @@
-"""The entry point: configuration -> objects -> task -> record. Only this file and `cli.py` know Hydra.
+"""The entry point: configuration -> objects -> task -> record. Only this file, `cli.py` and `sweep.py` know Hydra.
 
     python -m specsmallkv.run [KEY=VALUE ...]      or the console script `specsmallkv`, from any directory
 
 stdout carries the text and, as its last line, the JSON record; everything else goes to stderr. Exit codes: 0,
-1 (a bug), 2 (the user's mistake), 130 (Ctrl-C). In a sweep every point runs; one that fails makes the exit
-non-zero.
+1 (a bug), 2 (the user's mistake), 130 (Ctrl-C). In a sweep every point runs that has no record yet; one that fails
+leaves a record with its error and makes the exit non-zero.
 """
 
 import os
 import sys
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from . import sweep
 from .cli import reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
-from .explain import refuse_several_options, refuse_unknown_keys
+from .errors import UserError
+from .explain import explain, refuse_several_options, refuse_unknown_keys
 from .memory import reset_peak_memory
-from .record import asked_for, complete, write_record
+from .record import asked_for, complete, config_hash, failure, write_record
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def run(composed: DictConfig) -> None:
-    with reported(_point()):
-        if execute(composed)["interrupted"]:
+    point = _point()
+    with reported(point):
+        try:
+            record = execute(composed) if point is None else execute_point(composed)
+        except Exception as error:
+            if point is not None and not isinstance(error, BrokenPipeError):
+                record_failure(composed, error)
+            raise
+        if record["interrupted"]:
             raise KeyboardInterrupt
 
 
 def execute(composed: DictConfig) -> dict[str, Any]:
     """One run: the task's record, completed with what every record holds, printed and written."""
     config, plain = to_objects(composed)
-    record = complete(plain["task"].get("name"), run_task(config), config) | {"config": plain}
+    record = complete(plain["task"].get("name"), run_task(config), config) | identity(plain)
     write_record(record, str(config.run_dir))
     return record
+
+
+def execute_point(composed: DictConfig) -> dict[str, Any]:
+    """A point of a sweep: the record of an earlier sweep into the same directory, if there is one, else a run."""
+    plain = resolved(composed)
+    directory = Path(HydraConfig.get().sweep.dir)
+    path = sweep.current.finished(directory, config_hash(plain)) if composed.resume else None
+    if path is None:
+        return execute(composed)
+    sweep.current.skipped += 1
+    if not composed.quiet:
+        print(f"{_point()}: done before, {path}", file=sys.stderr)
+    print(path.read_text(encoding="utf-8").rstrip("\n"), flush=True)
+    return {"interrupted": False}
+
+
+def record_failure(composed: DictConfig, error: Exception) -> None:
+    """So that a sweep's records tell of every point."""
+    sweep.current.failed += 1
+    plain, settings = {}, {}
+    with suppress(OmegaConfBaseException):  # what cannot be resolved has no hash; its error says why
+        plain = resolved(composed)
+        settings = asked_for(cast(RunConfig, composed)) | identity(plain)
+    record = failure(plain, settings, explain(error) or f"{type(error).__name__}: {error}")
+    with suppress(UserError):  # the disk may be full: the error itself is reported in any case
+        write_record(record, plain.get("run_dir") or run_directory(record["config_hash"]))
+
+
+def identity(plain: dict[str, Any]) -> dict[str, Any]:
+    """What tells this run from others."""
+    overrides = list(HydraConfig.get().overrides.task)
+    return {"config": plain, "config_hash": config_hash(plain), "overrides": overrides}
+
+
+def run_directory(hash_: str | None) -> Path:
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    return output_dir if _point() is None or hash_ is None else sweep.directory_of(output_dir, hash_)
+
+
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
 
 
 def run_task(config: RunConfig) -> dict[str, Any]:
@@ -57,9 +110,10 @@ def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     refuse_unknown_keys(composed)
     refuse_several_options(HydraConfig.get().runtime.choices)
     config = cast(RunConfig, OmegaConf.to_object(composed))
-    config.run_dir = config.run_dir or HydraConfig.get().runtime.output_dir
+    plain = resolved(composed)
+    config.run_dir = config.run_dir or str(run_directory(config_hash(plain)))
     check(config)
-    return config, cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    return config, plain
 
 
 def _point() -> str | None:

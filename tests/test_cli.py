@@ -271,7 +271,8 @@ def test_flags_may_stand_anywhere():
         (["temperature=-1"], "temperature=-1.0 is not possible; use 0 (greedy) or a positive number."),
         (["prompt="], "prompt='' is not possible; type some text"),
         (["prompt=a", "prompt_file=b"], "prompt and prompt_file are given together; keep one of them."),
-        (["report=true"], "report=true is not in this release; "),
+        (["report=true", "task.name=other"], "report=true shows a run of task=generate; "),
+        (["trace=true", "task.name=other"], "trace=true shows a run of task=generate; "),
         (["policy._target_=nowhere.Policy"], "_target_=nowhere.Policy cannot be imported"),
         (
             ["policy._target_=os.getcwd"],
@@ -323,19 +324,34 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(run, argv, sentence):
 def test_a_mistake_in_a_sweep_names_its_point_and_the_other_points_run(run, tmp_path):
     code, out, err = run("-m", "policy=full,streaming_llm,snapkv", "task.fail=streaming_llm", policy=None)
     assert code == 2
-    assert [json.loads(line)["config"]["policy"]["name"] for line in out.splitlines()[1::2]] == [
-        "full",
-        "snapkv",
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    sentence = "policy=streaming_llm was told to fail; tell another."
+    assert [(record["config"]["policy"]["name"], record.get("error")) for record in found] == [
+        ("full", None),
+        ("streaming_llm", sentence),
+        ("snapkv", None),
     ]
-    assert "point 1 (" in err
-    assert ": policy=streaming_llm was told to fail; tell another.\n" in err
-    assert [line for line in err.splitlines() if "[HYDRA]" not in line] == [err.splitlines()[-2]]
-    assert len(records(tmp_path)) == 2
+    told = [line for line in err.splitlines() if "[HYDRA]" not in line]
+    assert [line.partition(";")[0] for line in told if " points" in line] == [
+        "1 of 3 points",
+        "2 of 3 points, 1 failed",
+        "3 of 3 points, 1 failed",
+    ]
+    [other] = [line for line in told if " points" not in line]
+    assert other.startswith("point 1 (") and other.endswith(f"): {sentence}")
+    assert len(records(tmp_path)) == 3
+
+
+def test_a_point_that_cannot_be_composed_leaves_a_record_too(run, tmp_path):
+    code, _, _ = run("-m", "prompt=a", "temperature=0,${nope}", "seed=1")
+    assert code == 2
+    errors = [record.get("error") for record in records(tmp_path)]
+    assert errors == [None, "temperature: Interpolation key 'nope' not found; give it a value."]
 
 
 def test_a_value_that_a_policy_refuses_fails_its_point_alone(run, tmp_path):
     code, _, err = run("-m", "policy=full", "policy.kv_budget=2,0.5", policy=None)
-    assert (code, len(records(tmp_path))) == (2, 1)
+    assert (code, [record["config"]["policy"]["kv_budget"] for record in records(tmp_path)]) == (2, [2, 0.5])
     assert "point 0 (" in err and "): policy.kv_budget=2 is outside (0, 1]; " in err
 
 

@@ -59,7 +59,11 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_package_carries_its_data_and_finds_its_configuration():
     package = resources.files("specsmallkv")
-    assert all(package.joinpath(name).is_file() for name in ("py.typed", "data/default_prompt.txt"))
+    web = [
+        f"web/{name}"
+        for name in ("page.html", "style.css", "charts.js", "run.html", "run.js", "study.html", "study.js")
+    ]
+    assert all(package.joinpath(name).is_file() for name in ("py.typed", "data/default_prompt.txt", *web))
     assert (CONFIG_DIR / "config.yaml").is_file()
     assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"conf": "specsmallkv/conf"}
 

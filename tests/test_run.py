@@ -1,6 +1,7 @@
 """A run as a whole on tiny random models: every task's record is complete, also when Ctrl-C or the memory ends it."""
 
 import gc
+import io
 import json
 import re
 import sys
@@ -21,12 +22,14 @@ from specsmallkv.tasks import distill
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["+model=tiny-random", "max_new_tokens=6"]
+MODEL_TASKS = [task for task in names("task") if task != "report"]  # that one reads records and runs no model
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Run the command line: exit code, records of stdout's last lines, whole stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))  # for task=chat
 
     def run(*argv: str) -> tuple[int, list[dict], str, str]:
         code = main([*TINY, *argv])
@@ -46,6 +49,7 @@ def text_file(tmp_path):
 
 def arguments(task: str, text_file: Path) -> list[str]:
     """The least that a task needs; a new task needs a row here."""
+    (text_file.parent / "old.json").write_text('{"schema_version": 1, "task": "generate", "config": {}}')
     return {
         "generate": ["prompt=hello"],
         "fidelity": [f"task.text_file={text_file}", "task.context_tokens=64", "task.eval_tokens=4"],
@@ -62,6 +66,8 @@ def arguments(task: str, text_file: Path) -> list[str]:
             f"task.output_dir={text_file.parent}/distilled",
             *("task.layers=[0]", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
         ],
+        "chat": ["max_new_tokens=2"],  # the fixture types for it
+        "report": [f"task.dir={text_file.parent}"],
     }[task]
 
 
@@ -73,7 +79,8 @@ def test_every_task_has_every_key_of_the_contract_and_the_documentation_names_th
     code, [record], _, err = run(f"task={task}", *arguments(task, text_file), "quiet=true")
     assert (code, err) == (0, "")
     assert set(CONTRACT_KEYS) <= record.keys()
-    for key in ("task", "model", "dtype", "device", "seed", "versions", "config", "peak_memory_bytes"):
+    of_models = ("model", "dtype", "device") if task in MODEL_TASKS else ()
+    for key in ("task", "seed", "versions", "config", "config_hash", "peak_memory_bytes", *of_models):
         assert record[key] is not None, key
     assert (record["task"], record["interrupted"]) == (task, False)
     documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/record.md").read_text()))
@@ -85,6 +92,27 @@ def test_the_documentation_tells_the_keys_of_the_contract_apart(run):
     """A key of the contract has a row of its own, not only a mention."""
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/record.md").read_text(), re.MULTILINE)
     assert set(CONTRACT_KEYS) - {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set()
+
+
+def test_report_and_trace_leave_their_files_beside_the_record(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    code, [record], _, err = run(f"prompts_file={rows}", "report=true", "ignore_eos=true", f"run_dir={tmp_path}/x")
+    assert code == 0
+    names_ = [Path(output["report"]).name for output in record["outputs"]]
+    assert names_ == ["report.html", "report-1.html"]
+    assert f"report: {tmp_path}/x/report-1.html\n" in err
+    lines = [json.loads(line) for line in Path(record["trace"]).read_text().splitlines()]
+    assert [sum(len(r["tokens"]) for r in lines if r["output"] == n) for n in (0, 1)] == [6, 6]
+    code, [record], _, err = run("prompt=a", "trace=true", "quiet=true", f"run_dir={tmp_path}/y")
+    assert (code, err, "report" in record) == (0, "", False)
+    assert sorted(path.name for path in (tmp_path / "y").iterdir()) == ["record.json", "trace.jsonl"]
+
+
+def test_ctrl_c_leaves_the_page_of_what_there_was(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Decoder, "round", interrupt)
+    code, [record], _, _ = run("prompt=hello", "report=true", "quiet=true", f"run_dir={tmp_path}/x")
+    assert (code, record["interrupted"], Path(record["report"]).is_file()) == (130, True, True)
 
 
 # What task=distill refuses
@@ -152,7 +180,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("task", names("task"))
+@pytest.mark.parametrize("task", MODEL_TASKS)
 @pytest.mark.parametrize("sweep", [False, True])
 def test_ctrl_c_while_models_load_leaves_a_record(run, text_file, monkeypatch, task, sweep):
     monkeypatch.setattr(models, "load_target", interrupt)
@@ -215,7 +243,7 @@ CPU_SHORTAGE = RuntimeError(
 CUDA_SHORTAGE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity")
 
 
-@pytest.mark.parametrize("task", names("task"))
+@pytest.mark.parametrize("task", MODEL_TASKS)
 @pytest.mark.parametrize(
     ("error", "size"),
     [

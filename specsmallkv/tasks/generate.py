@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
@@ -9,9 +10,11 @@ from ..display import Display
 from ..generator import Generation, SpecSmallKV
 from ..memory import peak_memory_bytes, reset_peak_memory
 from ..models import load_pair
+from ..page import run_page
 from ..prompts import Request, read_requests
-from ..record import asked_for
+from ..record import asked_for, environment, plain, write_whole
 from ..sampling import Sampler
+from ..trace import Trace
 
 SUMMED = (
     "new_tokens",
@@ -78,40 +81,76 @@ class GenerateTask:
     ) -> tuple[list[dict[str, Any]], bool]:
         """Figures per request; all are checked before the first is answered, and their caches freed one by one."""
         outputs: list[dict[str, Any]] = []
-        for generation in [open_stream(spec, request, config) for request in requests]:
+        for number, generation in enumerate([open_stream(spec, request, config) for request in requests]):
+            observed = Observed(generation, config, number)
             try:
                 reset_peak_memory()
-                self._show(generation, display)
+                show(generation, display)
             except KeyboardInterrupt:
-                return [*outputs, generation.figures()], True
-            outputs.append(generation.figures())
+                return [*outputs, generation.figures() | observed.write(display)], True
+            outputs.append(generation.figures() | observed.write(display))
             generation.sequence = None
         return outputs, False
 
-    def _show(self, generation: Generation, display: Display) -> None:
-        """Text to stdout as it comes, a line break behind it whatever happens."""
-        try:
-            with display.progress(generation) as progress:
-                for piece in generation:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-                    progress()
-        finally:
-            print(flush=True)
+
+def show(generation: Generation, display: Display) -> None:
+    """Text to stdout as it comes, a line break behind it whatever happens."""
+    try:
+        with display.progress(generation) as progress:
+            for piece in generation:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                progress()
+    finally:
+        print(flush=True)
+
+
+class Observed:
+    """What `report` and `trace` leave in the run directory of one generation; without them nothing happens."""
+
+    def __init__(self, generation: Generation, config: RunConfig, number: int):
+        self.generation, self.config, self.trace = generation, config, None
+        if not (config.report or config.trace):
+            return
+        directory = Path(str(config.run_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        self.page = directory / (f"report-{number}.html" if number else "report.html")
+        self.trace = Trace(generation.spec, directory / "trace.jsonl", number, detailed=config.report)
+        if not number:
+            (directory / "trace.jsonl").write_text("")  # of an earlier run into the same directory
+        generation.observer = self.trace
+
+    def write(self, display: Display) -> dict[str, str]:
+        """The page, if there is a first round to show; the record's keys of what was written."""
+        if self.trace is None:
+            return {}
+        written = {"trace": str(self.trace.path)}
+        if self.config.report and self.trace.rows:
+            spec, figures = self.generation.spec, self.generation.figures()
+            surroundings = environment(spec.pair.target.device) | {"config": plain(self.config)}
+            record = setting_figures(self.config, spec) | figures | surroundings
+            write_whole(self.page, run_page(record, self.trace, self.generation.prompt_ids))
+            written["report"] = str(self.page)
+            display.console.print(f"report: {self.page}", soft_wrap=True, highlight=False)
+        return written
 
 
 def open_stream(spec: SpecSmallKV, request: Request, config: RunConfig) -> Generation:
     prompt = request.messages if request.messages is not None else request.prompt
     assert prompt is not None, "a request has a prompt or messages"
-    return spec.stream(
-        prompt,
-        max_new_tokens=config.max_new_tokens,
-        sampler=Sampler(config.temperature, config.top_p, config.top_k),
-        seed=config.seed,
-        stop=tuple(config.stop),
-        chat=config.chat,
-        ignore_eos=config.ignore_eos,
-    )
+    return spec.stream(prompt, **generation_settings(config))
+
+
+def generation_settings(config: RunConfig) -> dict[str, Any]:
+    """The fields of `GenerationSettings` that a run's configuration has."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "sampler": Sampler(config.temperature, config.top_p, config.top_k),
+        "seed": config.seed,
+        "stop": tuple(config.stop),
+        "chat": config.chat,
+        "ignore_eos": config.ignore_eos,
+    }
 
 
 def combine(outputs: list[dict[str, Any]]) -> dict[str, Any]:

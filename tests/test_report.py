@@ -1,0 +1,148 @@
+"""task=report: any set of records becomes rows, tables and figures that say what the records say."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from specsmallkv.errors import UserError
+from specsmallkv.figures import figures
+from specsmallkv.records import as_csv, as_latex, as_markdown, collect, columns, differences, natural, rows_of
+from specsmallkv.run import main
+
+ENVIRONMENT = {"versions": {"torch": "2.6"}, "git_hash": "abc", "device_name": "a CPU"}
+
+
+def record(task="generate", policy="snapkv", kv_budget=0.2, seed=0, **figures):
+    config = {"policy": {"name": policy, "kv_budget": kv_budget}, "seed": seed, "run_dir": None}
+    known = {"schema_version": 1, "task": task, "policy": policy, "kv_budget": kv_budget, "seed": seed, "text": "long"}
+    return known | {"model": "tiny", "config": config, "interrupted": False} | ENVIRONMENT | figures
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A sweep of two points, a failed one, a fidelity run at two budgets, and files that are no records."""
+    fidelity = [
+        {"policy": p, "kv_budget": b, "kl_mean": k, "text": t, "rows": "drafted", "target_kv_bytes": 2**20}
+        for t, factor in (("a", 1), ("b", 3), ("mean", 2))
+        for p, b, k in (("snapkv", 0.1, 0.2 * factor), ("snapkv", 0.2, 0.1 * factor), ("oracle", 0.1, 0.01 * factor))
+    ]
+    files = {
+        "sweep/2-x/record.json": record(seed=1, tokens_per_second=3.0, acceptance_rate=0.5),
+        "sweep/10-x/record.json": record(seed=2, tokens_per_second=5.0, acceptance_rate=None),
+        "sweep/11-x/record.json": record(policy="a_b|c", error="it 50% failed"),
+        "fidelity/record.json": record("fidelity", results=fidelity),
+        "old/report/record.json": record("report"),
+        "other.json": {"a": 1},
+        "list.json": [1],
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "half.json").write_text('{"schema_version": 1')
+    return tmp_path
+
+
+def test_every_record_below_is_found_in_order_and_nothing_else(directory):
+    found = collect(directory)
+    assert [path.removesuffix("/record.json") for path in found.records] == [
+        "fidelity",
+        "sweep/2-x",
+        "sweep/10-x",
+        "sweep/11-x",
+    ]
+    assert found.failed == {"sweep/11-x/record.json": "it 50% failed"}
+    assert len(found.rows) == 9 + 3
+
+
+def test_a_record_is_one_row_or_one_per_result():
+    [row] = rows_of("x", record(tokens_per_second=1.0))
+    assert (row["record"], row["tokens_per_second"], row["text"]) == ("x", 1.0, None)
+    systems = [{"name": "full", "tokens_per_second": 2.0}, {"name": "ours", "tokens_per_second": 4.0}]
+    rows = rows_of("x", record("throughput", systems=systems))
+    assert [(row["name"], row["model"], row["task"]) for row in rows] == [
+        ("full", "tiny", "throughput"),
+        ("ours", "tiny", "throughput"),
+    ]
+    [row] = rows_of("x", record(results=[{"accuracy": 0.5, "accuracy_interval": [0.2, 0.8]}]))
+    assert (row["accuracy_low"], row["accuracy_high"]) == (0.2, 0.8)
+
+
+def test_the_csv_has_every_number_as_measured(directory):
+    rows = collect(directory).rows
+    read = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert [row["record"] for row in read] == [row["record"] for row in rows]
+    for given, row in zip(read, rows, strict=True):
+        assert {key: given[key] for key in row if row[key] is not None} == {
+            key: str(value) for key, value in row.items() if value is not None
+        }
+
+
+def test_tables_leave_out_what_is_always_the_same_and_escape_what_is_special(directory):
+    rows = [row for row in collect(directory).rows if row["task"] == "generate"]
+    assert columns(rows) == [
+        *("record", "policy", "kv_budget", "seed", "tokens_per_second", "acceptance_rate", "error")
+    ]
+    markdown, latex = as_markdown(rows), as_latex(rows)
+    assert "| sweep/2-x | snapkv | 0.2 | 1 | 3 | 0.5 |  |\n" in markdown
+    assert "a_b\\|c" in markdown
+    assert r"sweep/11-x & a\_b|c & 0.2 & 0 &  &  & it 50\% failed \\" in latex
+    assert latex.count(r"\\") == 4
+
+
+def test_bytes_are_mebibytes_for_people(directory):
+    rows = [row for row in collect(directory).rows if row["task"] == "fidelity"]
+    assert "target_kv MiB" in as_markdown(rows)
+    assert "| 1 |" in as_markdown(rows)
+
+
+def test_lines_are_policies_over_budgets_and_means_stand_for_their_texts(directory):
+    found = {(f["task"], f["key"]): f for f in figures(collect(directory).rows)}
+    kl = found["fidelity", "kl_mean"]
+    assert kl["kind"] == "lines"
+    lines = {line["name"]: [(p["x"], pytest.approx(p["y"])) for p in line["points"]] for line in kl["series"]}
+    assert lines == {"oracle": [(0.1, 0.02)], "snapkv": [(0.1, 0.4), (0.2, 0.2)]}
+
+
+def test_seeds_are_one_bar_with_their_range(directory):
+    found = {(f["task"], f["key"]): f for f in figures(collect(directory).rows)}
+    [bar] = found["generate", "tokens_per_second"]["bars"]
+    assert (bar["y"], bar["low"], bar["high"], bar["count"]) == (4.0, 3.0, 5.0, 2)
+    assert ("generate", "kl_mean") not in found
+
+
+def test_settings_that_differ_are_told_from_those_that_all_share(directory):
+    common, differing = differences(collect(directory).records)
+    assert common == {"policy.kv_budget": 0.2}
+    assert differing["sweep/2-x/record.json"] == {"policy.name": "snapkv", "seed": 1}
+
+
+def test_numbers_sort_as_numbers():
+    assert sorted(["a10", "a2", "b1", "a2b"], key=natural) == ["a2", "a2b", "a10", "b1"]
+
+
+def test_the_task_writes_page_and_tables_and_a_second_report_does_not_count_the_first(directory, capsys):
+    argv = ["task=report", f"task.dir={directory}", f"run_dir={directory}/report", "quiet=true"]
+    for _ in range(2):
+        assert main(argv) == 0
+        written = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (written["num_records"], written["num_rows"], written["num_failed"]) == (4, 12, 1)
+    assert [Path(path).name for path in written["tables"]] == ["table.csv", "table.md", "table.tex"]
+    page = Path(written["report"]).read_text()
+    assert "it 50% failed" in page
+    assert all(Path(path).is_file() for path in written["tables"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere", "is no directory; give one with records below it."),
+        ("empty", "holds no record; give the directory"),
+    ],
+)
+def test_a_directory_without_records_is_refused(tmp_path, name, sentence):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=sentence):
+        collect(tmp_path / name)
