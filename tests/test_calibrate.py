@@ -48,8 +48,8 @@ def record(folder):
     return run("task=calibrate", *SMALL, f"task.text_files=[{files}]", f"task.output={folder}/map.safetensors")
 
 
-def spec(folder=None, **options):
-    policy = load_policy("specsmallkv", **POLICY, map_rows=options.pop("map_rows", 128))
+def spec(folder=None, name="specsmallkv", map_rows=128, **options):
+    policy = load_policy(name, **POLICY, map_rows=map_rows)
     head_map = None if folder is None else str(folder / "map.safetensors")
     options = {"draft": DRAFT, "dtype": "float32", "head_map": head_map} | options
     return SpecSmallKV.from_pretrained(TARGET, policy=policy, **options)
@@ -118,13 +118,17 @@ def test_a_map_comes_back_from_a_small_file_as_it_went_in(tmp_path):
     torch.testing.assert_close(saved.head_map.similarity, head_map.similarity, atol=1e-3, rtol=0)
 
 
-def test_a_saved_map_alone_serves_any_prompt_and_beside_the_window_it_counts_as_rows(record, folder):
-    saved = load_head_map(record["output"]).head_map
-    alone = spec(folder, map_rows=math.inf)
+@pytest.mark.parametrize("name", ["specsmallkv", "smallkv"])
+def test_a_saved_map_alone_serves_prompts_of_any_length(record, folder, name):
+    saved, alone = load_head_map(record["output"]).head_map, spec(folder, name, map_rows=math.inf)
     for length in (11, 200):  # the first evicts nothing at first and leaves no window
         head_map = head_map_of(alone, list(range(1, length)))
         torch.testing.assert_close(head_map.weights, saved.weights)
         torch.testing.assert_close(head_map.similarity, saved.similarity)
+
+
+def test_beside_the_window_a_saved_map_counts_as_rows(record, folder):
+    saved = load_head_map(record["output"]).head_map
     own, both = (head_map_of(spec(f), list(range(1, 200))) for f in (None, folder))
     torch.testing.assert_close(both.weights, (own.weights + saved.weights) / 2)
     unused = head_map_of(spec(folder, map_rows=0), list(range(1, 200)))

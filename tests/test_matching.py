@@ -154,7 +154,9 @@ def test_fits_of_several_texts_merge_into_the_fit_of_all_their_rows():
         for index, rows in enumerate(layers):
             together.add_layer(index, rows)
     assert merged.num_rows == 3 * W
-    torch.testing.assert_close(merged.solve("mixture").weights, together.solve("mixture").weights, atol=1e-3, rtol=0)
+    ours, theirs = merged.solve("mixture"), together.solve("mixture")
+    torch.testing.assert_close(ours.weights, theirs.weights, atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.similarity, theirs.similarity, atol=1e-3, rtol=0)
 
 
 def test_a_saved_map_counts_as_so_many_rows_of_the_window():
