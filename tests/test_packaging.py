@@ -79,6 +79,17 @@ def test_a_draft_of_the_package_named_by_a_model_is_there_and_small():
     assert shipped
 
 
+@pytest.mark.parametrize(
+    "file", sorted(Path(str(resources.files("specsmallkv") / "maps")).glob("*")), ids=lambda f: f.name
+)
+def test_a_shipped_head_map_is_small_named_after_a_model_and_says_what_it_was_made_of(file):
+    from specsmallkv.saved_map import load_head_map
+
+    saved = load_head_map(f"package:maps/{file.name}")
+    assert file.stat().st_size <= 2**20 and (CONFIG_DIR / "model" / f"{file.stem}.yaml").is_file()
+    assert saved.facts["texts"] and saved.facts["target_fingerprint"] and saved.facts["results"]
+
+
 def test_the_command_line_is_there_before_torch():
     """Importing torch takes seconds; a mistake is answered, and Ctrl-C finds a run to record, before that."""
     code = "import sys, specsmallkv.run; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
