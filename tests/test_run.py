@@ -301,7 +301,7 @@ def test_ctrl_c_before_the_first_token_of_a_batch_leaves_a_record(run, rows_file
 )
 def test_what_a_batch_cannot_use_is_refused(run, rows_file, tmp_path, overrides, sentence):
     (tmp_path / "seeds.jsonl").write_text('{"prompt": "a", "seed": -1}\n')
-    code, found, _, err = run(*overrides, "quiet=true")
+    code, _, _, err = run(*overrides, "quiet=true")
     assert (code, len(err.splitlines())) == (2, 1)
     assert err.startswith(sentence)
 
