@@ -258,10 +258,10 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
 def attend_rows(
     group: LayerGroup, index: int, query: Tensor, scaling: float, calls: list[AttentionCall] | None
 ) -> Tensor:
-    """Output (B, H_q, q, D): every batch row attends to its own layer as its own call asks."""
+    """Output (1, H_q, sum of q, D): the queries of each row attend to its own layer as its own call asks."""
     calls = calls or [AttentionCall() for _ in group.rows]
-    rows = zip(group.rows, query.split(1), calls, strict=True)
-    return torch.cat([attend(layer, index, own, scaling, call) for layer, own, call in rows])
+    rows = zip(group.rows, query.split(group.counts, dim=2), calls, strict=True)
+    return torch.cat([attend(layer, index, own, scaling, call) for layer, own, call in rows], dim=2)
 
 
 def tiered_attention(

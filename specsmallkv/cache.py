@@ -9,10 +9,11 @@ What lies where, for every batch row and KV head (heads are never repeated in st
 The kept region holds any subset of the older tokens, sorted by position; the tail is contiguous and ends at `seen`.
 Keys are stored after RoPE, so positions stay logical and eviction never rotates anything. This file moves memory;
 it does not know who decides what to keep (`policies.py`) nor how attention is computed (`attention.py`).
-A `CacheGroup` puts the caches of several sequences side by side for one forward pass, one per batch row.
+A `CacheGroup` puts the caches of several sequences behind one forward pass, whose tokens are packed end to end.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -384,14 +385,17 @@ class TieredCache(Cache):
 
 
 class LayerGroup(CacheLayerMixin):
-    """The same layer of several sequences, one per batch row; what a row holds, and how much, is its own."""
+    """The same layer of several sequences; what a row holds, and how much, is its own.
+
+    counts: tokens of each row in this pass. They are packed: (1, H, sum of counts, D), row after row, no padding.
+    """
 
     is_sliding = False
     is_compileable = False
     is_croppable = False  # rows are rolled back one by one, each in its own cache
 
-    def __init__(self, rows: list[TieredLayer]):
-        self.rows = rows
+    def __init__(self, rows: list[TieredLayer], counts: list[int]):
+        self.rows, self.counts = rows, counts
         super().__init__()
         self.is_initialized = True
 
@@ -400,7 +404,8 @@ class LayerGroup(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append to every row's tail; returns this group twice, for the attention function to unpack."""
-        for row, k, v in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
+        new = (x.split(self.counts, dim=2) for x in (key_states, value_states))
+        for row, k, v in zip(self.rows, *new, strict=True):
             row.update(k, v)
         return self, self
 
@@ -418,20 +423,22 @@ class LayerGroup(CacheLayerMixin):
     @property
     def shape(self) -> torch.Size:
         longest = max(self.rows, key=lambda row: row.num_slots)
-        return torch.Size((len(self.rows), *longest.shape[1:]))
+        return longest.shape
 
 
 class CacheGroup(Cache):
-    """Caches of independent sequences as the rows of one batch, for a single forward pass; it keeps nothing itself.
+    """Caches of independent sequences, the rows, behind a single forward pass; it keeps nothing itself.
 
-    Every row gets the same number of new tokens; their positions must be given (`positions`), since lengths differ.
+    counts: new tokens of each row, any number; all of them are packed into one sequence of the model's, row after row.
+    Their positions must be given (`positions`), since the model would count on.
     """
 
-    def __init__(self, caches: list[TieredCache]):
-        self.caches = caches
-        super().__init__(layers=[LayerGroup(list(rows)) for rows in zip(*(c.layers for c in caches), strict=True)])
+    def __init__(self, caches: list[TieredCache], counts: list[int]):
+        self.caches, self.counts = caches, counts
+        rows = zip(*(cache.layers for cache in caches), strict=True)
+        super().__init__(layers=[LayerGroup(list(layers), counts) for layers in rows])
 
-    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
-        """(B, num_tokens) logical positions of the next tokens of every row."""
-        starts = torch.tensor([cache.seen for cache in self.caches], device=device)
-        return starts.unsqueeze(1) + torch.arange(num_tokens, device=device)
+    def positions(self, device: torch.device) -> Tensor:
+        """(1, sum of counts) logical positions of the new tokens."""
+        own = (range(cache.seen, cache.seen + n) for cache, n in zip(self.caches, self.counts, strict=True))
+        return torch.tensor([list(chain.from_iterable(own))], device=device)

@@ -57,7 +57,7 @@ class RunConfig:
     messages_file: Optional[str] = None  # one conversation: a JSON list of {"role", "content"}
     prompts_file: Optional[str] = None  # several: JSONL rows {"prompt": ...} or {"messages": [...]}
     chat: Optional[bool] = None  # apply the chat template; None: if the tokenizer has one
-    batch_size: int = 1
+    batch_size: int = 1  # prompts of a prompts_file that are answered at once
     max_new_tokens: int = 128
     ignore_eos: bool = False  # go on after an end-of-sequence token, for measuring
     stop: list[str] = field(default_factory=list)  # strings that end the text
@@ -124,16 +124,16 @@ def _check_combinations(config: RunConfig) -> None:
             raise UserError(
                 f"{key}=true shows a run of task=generate; for other records use task=report task.dir=DIR."
             )
+        if getattr(config, key) and config.batch_size > 1:
+            raise UserError(
+                f"{key}=true shows prompts that are answered one by one, not batch_size={config.batch_size}; "
+                "drop one of them."
+            )
 
 
 def _check_unreleased(config: RunConfig) -> None:
     if config.speculation.adaptive:
         raise UserError("speculation.adaptive=true is not in this release; set num_draft_tokens instead.")
-    if config.batch_size != 1:
-        raise UserError(
-            f"batch_size={config.batch_size} is not in this release; "
-            "leave it at 1: the prompts of a prompts_file run one after another."
-        )
 
 
 def _warn_of_greedy_sampling(config: RunConfig) -> None:

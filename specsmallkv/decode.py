@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -83,6 +84,18 @@ class Sequence:
     logits: Tensor | None = None  # of the last verify pass, (k + 1, V), or of the prompt's end, (1, V): for observers
     counters: Counters = field(default_factory=Counters)
 
+    def held(self) -> dict[str, int]:
+        """Bytes that lie in memory now, counted from the tensors; keys as in the record."""
+        oracle, mass = self.evidence.oracle, self.evidence.mass
+        return {
+            "target_kv_bytes": self.target.nbytes,
+            "target_kv_bytes_full": self.target.full_nbytes,
+            "target_kv_allocated_bytes": self.target.allocated_nbytes,
+            "target_kv_host_bytes": self.target.host_nbytes,
+            "draft_kv_bytes": self.draft.nbytes if self.draft else 0,
+            "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0),
+        }
+
 
 class Decoder:
     """Decodes with one target, optionally a draft, under one policy.
@@ -132,10 +145,7 @@ class Decoder:
             sequence = self.resume(continues, prompt, max_new_tokens)
             logits = self.extend(sequence, prompt[sequence.target.seen :])
         else:
-            sequence = self.start(prompt, max_new_tokens)
-            sequence.tokens, turn = prompt[:compress_after], prompt[compress_after:] if compress_after else []
-            logits = self.prefill(sequence)
-            logits = self.extend(sequence, turn) if turn else logits
+            sequence, logits = self.begin(prompt, max_new_tokens, compress_after)
         yield from self.decode(sequence, logits, stop_ids, seed)
 
     @torch.inference_mode()
@@ -144,13 +154,17 @@ class Decoder:
     ) -> Iterator[tuple[Round, Sequence]]:
         """Rounds from the logits (V,) of the last known token on."""
         generator, stop_ids = torch.Generator(self.device).manual_seed(seed), stop_ids or set()
-        first, _ = propose(logits, self.sampler, generator)
-        sequence.tokens.append(first)
-        sequence.logits = logits.unsqueeze(0)
-        yield Round([first]), sequence
+        yield self.first(sequence, logits, generator), sequence
         while len(sequence.tokens) < sequence.limit and sequence.tokens[-1] not in stop_ids:
             self.settle(sequence)
             yield self.round(sequence, generator, stop_ids), sequence
+
+    def first(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> Round:
+        """The token that follows the known ones, by their logits (V,) alone."""
+        token, _ = propose(logits, self.sampler, generator)
+        sequence.tokens.append(token)
+        sequence.logits = logits.unsqueeze(0)
+        return Round([token])
 
     def round(self, sequence: Sequence, generator: torch.Generator, stop_ids: set[int]) -> Round:
         """One verify pass with everything around it."""
@@ -162,15 +176,19 @@ class Decoder:
         with counters.timed("verify"):
             logits = self.verify(sequence, drafts)
             accepted, following = accept(drafts, probabilities, logits, self.sampler, generator)
-        emitted = until_stop([*drafts[:accepted], following], stop_ids)
-        sequence.tokens += emitted
         with counters.timed("evict"):
-            self.rollback(sequence, len(drafts) + 1 - len(emitted))
-            self.evict(sequence)
-        counters.add(len(emitted), len(drafts), accepted)
-        return Round(emitted, len(drafts), accepted, drafts)
+            return self.conclude(sequence, drafts, accepted, following, stop_ids)
 
     # --- its verbs -------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, prompt: list[int], max_new_tokens: int, compress_after: int | None = None
+    ) -> tuple[Sequence, Tensor]:
+        """A new sequence that has read its prompt, and the logits (V,) of the last token."""
+        sequence = self.start(prompt, max_new_tokens)
+        sequence.tokens, turn = prompt[:compress_after], prompt[compress_after:] if compress_after else []
+        logits = self.prefill(sequence)
+        return sequence, self.extend(sequence, turn) if turn else logits
 
     def start(self, prompt: list[int], max_new_tokens: int) -> Sequence:
         """Caches and scratch for one sequence."""
@@ -337,22 +355,42 @@ class Decoder:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
         drafts: list[int] = []
         probabilities: list[Tensor | None] = []
-        count, oracle = self._num_drafts(sequence), sequence.evidence.oracle
-        if oracle is not None:
-            oracle.block.start(sequence.target.seen, count + 1)
+        count, steps = self.begin_draft(sequence)
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
-        for step in range(count + 1 if oracle else count):
-            call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
-            logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
+        for step in range(steps):
+            logits = self.forward(self.draft_model, sequence.draft, pending, self.draft_call(sequence))[-1]
             if step < count:
-                token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
-                if oracle is not None:
-                    chances = logits.softmax(-1) if distribution is None else distribution
-                    oracle.block.expect(float(chances[token]))
+                token, distribution = self.propose(sequence, logits, generator)
                 drafts.append(token)
                 probabilities.append(distribution)
                 pending = [token]
         return drafts, probabilities
+
+    def begin_draft(self, sequence: Sequence) -> tuple[int, int]:
+        """How many drafts this round takes, and how many steps: one more if the last draft's row is read."""
+        count, oracle = self._num_drafts(sequence), sequence.evidence.oracle
+        if oracle is None:
+            return count, count
+        oracle.block.start(sequence.target.seen, count + 1)
+        return count, count + 1
+
+    def draft_call(self, sequence: Sequence) -> AttentionCall:
+        oracle = sequence.evidence.oracle
+        return AttentionCall(self.attention, rows=oracle.block if oracle else None)
+
+    def draft_group(self, sequences: list[Sequence], tokens: list[list[int]]) -> list[Tensor]:
+        """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token."""
+        caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
+        calls = [self.draft_call(sequence) for sequence in sequences]
+        return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits="last")]
+
+    def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
+        """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""
+        token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
+        if sequence.evidence.oracle is not None:
+            chances = logits.softmax(-1) if distribution is None else distribution
+            sequence.evidence.oracle.block.expect(float(chances[token]))
+        return token, distribution
 
     def plan(self, sequence: Sequence, drafts: list[int], looked: Tensor | None = None) -> None:
         """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all.
@@ -393,7 +431,7 @@ class Decoder:
         for own, start in zip(rows, seen, strict=True):
             own.start(start, size)
         calls = [AttentionCall(self.attention, rows=own, everything=True) for own in rows]
-        self.forward_group(sequences, blocks, calls, head=False)
+        self.forward_group(self.target, [sequence.target for sequence in sequences], blocks, calls, logits="none")
         for sequence in sequences:
             sequence.target.rollback(size)
         means = [own.values.mean(1) for own in rows]
@@ -409,14 +447,14 @@ class Decoder:
 
     def verify_group(
         self, sequences: list[Sequence], drafts: list[list[int]], calls: list[AttentionCall] | None = None
-    ) -> Tensor:
-        """`verify` for several sequences in one target pass, k drafts each: logits (B, k + 1, V).
+    ) -> list[Tensor]:
+        """`verify` for several sequences in one target pass, with any numbers of drafts: logits (k + 1, V) of each.
 
         calls: what `verify_call` gives for each sequence, if they are to keep more than it asks for.
         """
         blocks = next_tokens(sequences, drafts)
-        calls = calls or [self.verify_call(sequence, len(blocks[0])) for sequence in sequences]
-        logits = self.forward_group(sequences, blocks, calls)
+        calls = calls or [self.verify_call(*pair) for pair in zip(sequences, map(len, blocks), strict=True)]
+        logits = self.forward_group(self.target, [sequence.target for sequence in sequences], blocks, calls)
         for sequence, call in zip(sequences, calls, strict=True):
             self._verified(sequence, call)
         return logits
@@ -428,6 +466,17 @@ class Decoder:
         if sequence.evidence.mass:
             sequence.evidence.mass.pending = call.queries
         sequence.counters.see(sequence.target)
+
+    def conclude(
+        self, sequence: Sequence, drafts: list[int], accepted: int, following: int, stop_ids: set[int]
+    ) -> Round:
+        """After the verdict on the drafts: the tokens it emits, both caches without the others, and eviction."""
+        emitted = until_stop([*drafts[:accepted], following], stop_ids)
+        sequence.tokens += emitted
+        self.rollback(sequence, len(drafts) + 1 - len(emitted))
+        self.evict(sequence)
+        sequence.counters.add(len(emitted), len(drafts), accepted)
+        return Round(emitted, len(drafts), accepted, drafts)
 
     def rollback(self, sequence: Sequence, rejected: int) -> None:
         """Drop rejected tokens from both caches; only accepted rows enter the oracle's interval and the mass."""
@@ -598,23 +647,31 @@ class Decoder:
         return output.logits[0].float()
 
     def forward_group(
-        self, sequences: list[Sequence], tokens: list[list[int]], calls: list[AttentionCall], head: bool = True
-    ) -> Tensor:
-        """The target over q tokens of each of several sequences of any lengths: float32 logits (B, q, V).
+        self,
+        model: PreTrainedModel | None,
+        caches: list[TieredCache],
+        tokens: list[list[int]],
+        calls: list[AttentionCall],
+        logits: str = "all",
+    ) -> list[Tensor]:
+        """One model over some tokens of each of several sequences, packed end to end: float32 logits of each.
 
-        head: false leaves the output layer out and gives hidden states. All positions or none: the last ones of
-        several rows are no contiguous matrix, and torch's CPU product with such a one is a hundred times slower.
+        logits: "all" positions, (q, V) a row, the "last" of every row, (1, V), or "none", which leaves the output
+        layer out and gives hidden states.
         """
-        group, model = CacheGroup([sequence.target for sequence in sequences]), self.target
-        ids = torch.tensor(tokens, device=self.device)
-        output = (model if head else model.base_model)(
-            input_ids=ids,
-            position_ids=group.positions(ids.shape[1], self.device),
+        assert model is not None
+        counts = [len(own) for own in tokens]
+        group = CacheGroup(caches, counts)
+        last = torch.tensor(counts, device=model.device).cumsum(0) - 1
+        output = (model.base_model if logits == "none" else model)(
+            input_ids=torch.tensor([list(chain.from_iterable(tokens))], device=model.device),
+            position_ids=group.positions(model.device),
             past_key_values=group,
             use_cache=True,
             attention_call=calls,
+            **({"logits_to_keep": last} if logits == "last" else {}),
         )
-        return output[0].float()
+        return list(output[0][0].float().split([1] * len(counts) if logits == "last" else counts))
 
 
 def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:

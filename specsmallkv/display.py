@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .generation_batch import GenerationBatch
 from .generator import Generation
 
 UNITS = ("B", "KiB", "MiB", "GiB")
@@ -36,17 +37,17 @@ class Display:
             yield
 
     @contextmanager
-    def progress(self, generation: Generation) -> Iterator[Callable[[], None]]:
-        """Status of one text; call the yielded function after every piece."""
-        status = self.console.status(f"reading a prompt of {len(generation.prompt_ids)} tokens")
+    def progress(self, first: str, line: Callable[[], str]) -> Iterator[Callable[[bool], None]]:
+        """Status, at first `first`; call the yielded function after every round, and tell whether text was printed."""
+        status = self.console.status(first)
         if self.console.is_terminal:
             status.start()
 
-        def update() -> None:
-            if sys.stdout.isatty():
+        def update(printed: bool) -> None:
+            if printed and sys.stdout.isatty():
                 status.stop()
             else:
-                status.update(live_line(generation))
+                status.update(line())
 
         try:
             yield update
@@ -130,6 +131,13 @@ def live_line(generation: Generation) -> str:
     counters = generation.sequence.counters if generation.sequence else None
     accepted = f", {counters.accepted}/{counters.drafted} drafts accepted" if counters and counters.drafted else ""
     return f"{count} tokens, {count / seconds:.1f} tokens/s{accepted}"
+
+
+def batch_line(batch: GenerationBatch) -> str:
+    begun, seconds = batch.begun, max(batch.seconds, 1e-9)
+    count, done = sum(len(generation.token_ids) for generation in begun), sum(one.finished for one in begun)
+    work = f"{done} of {len(batch.generations)} prompts answered, {len(begun) - done} in work"
+    return f"{work}, {count / seconds:.1f} tokens/s"
 
 
 def title(record: dict[str, Any]) -> str:

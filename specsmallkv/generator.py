@@ -20,6 +20,7 @@ from .attention import check_selection, choose_backend
 from .config import ModelConfig
 from .decode import Decoder, Round, Sequence
 from .errors import UserError
+from .generation_batch import GenerationBatch, settings_of_each
 from .memory import peak_memory_bytes
 from .models import ModelPair, load_pair
 from .policies import Policy
@@ -28,7 +29,8 @@ from .prompts import Messages
 from .sampling import Sampler
 from .streaming import TextStream
 
-NEW, RUNNING, AT_REST, HANDED_OVER = "new", "running", "at rest", "handed over"  # states of a generation
+# States of a generation.
+NEW, RUNNING, AT_REST, HANDED_OVER, RELEASED = "new", "running", "at rest", "handed over", "released"
 WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # `sampling.py` does what they do
 MEMORY_FIGURES = (
     "rounds",
@@ -72,6 +74,7 @@ class Generation:
 
     reused_tokens: how many prompt tokens the caches of the generation that this one continues had read.
     observer: is shown every round when it is complete (`trace.py`); its own time is not in `seconds`.
+    finished: it came to its end, by length, end-of-sequence token or stop string. number: its place in a batch.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class Generation:
         settings: GenerationSettings,
         continues: Sequence | None = None,
     ):
-        self.spec, self.prompt_ids, self._settings = spec, prompt_ids, settings
+        self.spec, self.prompt_ids, self.settings = spec, prompt_ids, settings
         self._stream = TextStream(spec.pair.tokenizer, settings.stop)
+        self.finished, self.number = False, 0
         self.token_ids: list[int] = []
         self.seconds = self.ttft_seconds = 0.0
         self.sequence: Sequence | None = None
@@ -100,22 +104,35 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         started = time.perf_counter()
         for round_ in self._rounds():
-            self.ttft_seconds = self.ttft_seconds or time.perf_counter() - started - self._observing
-            pieces = [self._push(token) for token in round_.tokens if not self._stream.stopped]
-            self.seconds = time.perf_counter() - started - self._observing
-            yield "".join(pieces)
+            yield self.take(round_, started)
             if self._stream.stopped:
-                return
-        yield self._stream.finish()
+                break
+        yield self.finish()
+
+    def take(self, round_: Round, started: float) -> str:
+        """The text that a round makes certain; started: when the prompt began to be read."""
+        self.ttft_seconds = self.ttft_seconds or time.perf_counter() - started - self._observing
+        pieces = [self._push(token) for token in round_.tokens if not self._stream.stopped]
+        self.seconds = time.perf_counter() - started - self._observing
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """No round follows: the text that was held back."""
+        self.finished = True
+        return "" if self._stream.stopped else self._stream.finish()
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string ended the text."""
+        return self._stream.stopped
 
     def _rounds(self) -> Iterator[Round]:
-        spec, settings = self.spec, self._settings
+        spec, settings = self.spec, self.settings
         if self.reused_tokens and self._state != NEW:
             raise UserError("A generation that continues another runs once, since it changes the caches it was given.")
         self._state, continued, self._continued = RUNNING, self._continued, None
-        stop_ids: set[int] = set() if settings.ignore_eos else spec.pair.eos_token_ids
         rounds = spec.decoder(settings.sampler).generate(
-            self.prompt_ids, settings.max_new_tokens, stop_ids, settings.seed, settings.compress_after, continued
+            self.prompt_ids, settings.max_new_tokens, self.stop_ids, settings.seed, settings.compress_after, continued
         )
         for round_, self.sequence in rounds:
             self._state = AT_REST
@@ -132,10 +149,15 @@ class Generation:
             self.observer(round_, self.sequence)
             self._observing += time.perf_counter() - started
 
+    @property
+    def stop_ids(self) -> set[int]:
+        return set() if self.settings.ignore_eos else self.spec.pair.eos_token_ids
+
     def check_continuation(self, ids: list[int]) -> None:
         """Raise a UserError unless a prompt `ids` may take over the caches of this generation."""
         if self._state != AT_REST or self.sequence is None:
-            reason = {NEW: "has not run", HANDED_OVER: "was continued already"}.get(self._state, "was interrupted")
+            reasons = {NEW: "has not run", HANDED_OVER: "was continued already", RELEASED: "ran in a batch"}
+            reason = reasons.get(self._state, "was interrupted")
             raise UserError(f"The generation to continue {reason}, so it has no caches to give; leave continues out.")
         held = self.sequence.tokens[: self.sequence.target.seen]
         same = next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
@@ -150,9 +172,16 @@ class Generation:
     def hand_over(self) -> Sequence:
         """The caches, for the next turn; the figures stay as they are."""
         assert self.sequence is not None, "check_continuation comes first"
-        self._memory, sequence = memory_figures(self.sequence), self.sequence
-        self.sequence, self._state = None, HANDED_OVER
+        sequence = self.sequence
+        self._release(HANDED_OVER)
         return sequence
+
+    def release(self) -> None:
+        """Let the caches go; the figures stay as they are."""
+        self._release(RELEASED)
+
+    def _release(self, state: str) -> None:
+        self._memory, self.sequence, self._state = memory_figures(self.sequence), None, state
 
     def _push(self, token: int) -> str:
         self.token_ids.append(token)
@@ -171,6 +200,7 @@ class Generation:
             "tokens_per_second": count / max(self.seconds, 1e-9),
             "decode_tokens_per_second": (count - 1) / decoding if count > 1 else None,
             "peak_memory_bytes": peak_memory_bytes(self.spec.pair.target.device),
+            "finished": self.finished,
         }
         return figures | (self._memory or memory_figures(self.sequence))
 
@@ -182,10 +212,10 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
     """
     if sequence is None:
         return dict.fromkeys(MEMORY_FIGURES)
-    counters, target = sequence.counters, sequence.target
-    oracle, mass = sequence.evidence.oracle, sequence.evidence.mass
-    used, full = counters.max_target_bytes or target.nbytes, counters.full_bytes_then or target.full_nbytes
-    return {
+    counters, target, held, oracle = sequence.counters, sequence.target, sequence.held(), sequence.evidence.oracle
+    used = counters.max_target_bytes or held["target_kv_bytes"]
+    full = counters.full_bytes_then or held["target_kv_bytes_full"]
+    return held | {
         "rounds": counters.rounds,
         "drafted_tokens": counters.drafted,
         "accepted_tokens": counters.accepted,
@@ -194,10 +224,6 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
         "target_kv_bytes": used,
         "target_kv_bytes_full": full,
         "kv_budget_effective": used / max(full, 1),
-        "target_kv_allocated_bytes": target.allocated_nbytes,
-        "target_kv_host_bytes": target.host_nbytes,
-        "draft_kv_bytes": sequence.draft.nbytes if sequence.draft else 0,
-        "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0),
         "recall_bytes": target.recall_bytes,
         "new_per_round": sum(counters.new_entries) / len(counters.new_entries) if counters.new_entries else None,
         "kept_per_layer": target.kept_per_layer(),
@@ -344,6 +370,27 @@ class SpecSmallKV:
         for _ in generation:
             pass
         return generation
+
+    def stream_batch(
+        self, prompts: list[str | Messages | list[int]], batch_size: int = 8, **settings: Any
+    ) -> GenerationBatch:
+        """A `GenerationBatch` to iterate over for finished generations; each is what `generate` gives for its prompt.
+
+        Settings as for `stream`; `seed` and `max_new_tokens` may be lists, one value for each prompt. All prompts are
+        checked before the first is read. Raises UserError.
+        """
+        each = settings_of_each(len(prompts), settings)
+        generations = [self.stream(prompt, **own) for prompt, own in zip(prompts, each, strict=True)]
+        return GenerationBatch(self, generations, batch_size)
+
+    def generate_batch(
+        self, prompts: list[str | Messages | list[int]], batch_size: int = 8, **settings: Any
+    ) -> list[Generation]:
+        """All finished generations, in order of the prompts; arguments as for `stream_batch`."""
+        batch = self.stream_batch(prompts, batch_size, **settings)
+        for _ in batch:
+            pass
+        return batch.generations
 
     def check_length(self, ids: list[int], max_new_tokens: int) -> None:
         if not ids:

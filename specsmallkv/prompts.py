@@ -21,10 +21,11 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to answer: a plain prompt or a conversation, never both."""
+    """One thing to answer: a plain prompt or a conversation, never both. seed: None is the run's."""
 
     prompt: str | None = None
     messages: Messages | None = None
+    seed: int | None = None
 
 
 def read_requests(config: RunConfig) -> list[Request]:
@@ -83,17 +84,20 @@ def read_rows(key: str, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _request(row: Any, where: str, chat: bool | None) -> Request:
-    """A row may hold other columns (an id, a category); it must hold exactly one of the two sources."""
+    """A row may hold a seed and other columns (an id, a category); it must hold exactly one of the two sources."""
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise UserError(f'{where} is {_short(row)}; write {{"prompt": ...}} or {{"messages": [...]}}.')
+    seed = row.get("seed")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise UserError(f"{where} has the seed {_short(seed)}; give a number from 0 to 2**63 - 1, or leave it out.")
     if "messages" in row:
         if chat is False:
             raise UserError(f"{where} holds messages, which need a chat template; drop chat=false.")
-        return Request(messages=_messages(row["messages"], where))
+        return Request(messages=_messages(row["messages"], where), seed=seed)
     prompt = row["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where} has the prompt {_short(prompt)}; give it some text.")
-    return Request(prompt=prompt)
+    return Request(prompt=prompt, seed=seed)
 
 
 def _messages(value: Any, where: str) -> Messages:

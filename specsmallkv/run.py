@@ -99,10 +99,18 @@ def run_task(config: RunConfig) -> dict[str, Any]:
         from .presets import build  # with torch behind it, which takes seconds: Ctrl-C shall find a run to record
 
         task, config.policy = build(config.task, "task"), build(config.policy, "policy")
+        refuse_unused_batch_size(task, config)
         reset_peak_memory()
         return task.run(config)
     except KeyboardInterrupt:
         return settings | {"interrupted": True}
+
+
+def refuse_unused_batch_size(task: Any, config: RunConfig) -> None:
+    if config.batch_size != 1 and not getattr(task, "uses_batch_size", False):
+        raise UserError(
+            f"batch_size={config.batch_size} changes nothing in task={task.name}; leave it out, or use task=generate."
+        )
 
 
 def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:

@@ -87,7 +87,8 @@ def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) ->
     plan(base.decoder, trials, drafts)
     calls = [base.decoder.verify_call(sequence, len(drafts) + 1) for sequence in sequences]
     calls[0].num_queries = len(drafts) + 1
-    logits = base.decoder.verify_group(sequences, [drafts] * len(trials), calls)[:, : block.count]
+    logits = base.decoder.verify_group(sequences, [drafts] * len(trials), calls)
+    logits = [own[: block.count] for own in logits]
     full = logits[0].log_softmax(-1)
     following = text[block.position + 1 : block.position + 1 + block.count]
     for trial, own in zip(trials, logits, strict=True):

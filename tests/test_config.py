@@ -85,7 +85,7 @@ def test_the_draft_option_repeats_the_schemas_defaults():
 
 IMPOSSIBLE = {
     "max_new_tokens": (0, -1),
-    "batch_size": (0, 2),
+    "batch_size": (0,),
     "temperature": (-0.1, float("nan"), float("inf")),
     "top_p": (0.0, -0.5, 1.1, float("nan")),
     "top_k": (-1,),
@@ -124,7 +124,11 @@ def test_impossible_model_and_speculation_values_are_refused(part, key, value):
 
 
 def test_the_extremes_of_possible_values_are_accepted():
-    check(config_with(max_new_tokens=1, temperature=1e-9, top_p=1e-9, top_k=1, seed=2**63 - 1, stop=["\n"]))
+    check(
+        config_with(
+            max_new_tokens=1, batch_size=64, temperature=1e-9, top_p=1e-9, top_k=1, seed=2**63 - 1, stop=["\n"]
+        )
+    )
 
 
 @pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"top_k": 5}])

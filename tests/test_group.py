@@ -50,7 +50,7 @@ def both(rows):
     with torch.inference_mode():
         logits = torch.stack([rows[i][0].verify(*pair) for i, pair in enumerate(alone)])
         together = rows[0][0].verify_group([s for s, _ in group], [d for _, d in group])
-    return logits, [s for s, _ in alone], together, [s for s, _ in group]
+    return logits, [s for s, _ in alone], torch.stack(together), [s for s, _ in group]
 
 
 def test_rows_of_unequal_lengths_and_sets_equal_each_row_alone(both):
@@ -92,7 +92,7 @@ def test_a_row_is_recorded_only_where_its_own_call_asks(rows):
     recorded = AttentionRows(3, 4, 2, end, decoder.device)
     recorded.start(end - 2, 2)
     calls = [AttentionCall(), AttentionCall(rows=recorded, num_queries=2)]
-    decoder.forward_group(sequences, blocks, calls)
+    decoder.forward_group(decoder.target, [sequence.target for sequence in sequences], blocks, calls)
     assert not calls[0].queries and calls[1].queries[0].shape == (1, 4, 2, 8)
     assert sequences[1].target.layers[0].num_kept, "the recorded row is a compressed one"
     torch.testing.assert_close(recorded.values.sum(-1), torch.ones(12, 2))
@@ -112,6 +112,7 @@ def test_looking_together_is_looking_alone(rows):
 
 
 def test_positions_of_a_group_follow_each_rows_own_length(rows):
-    group = CacheGroup([sequence.target for _, sequence, _ in rows])
-    assert group.positions(2, torch.device("cpu")).tolist() == [[length, length + 1] for length, *_ in ROWS]
-    assert group.layers[0].shape[0] == len(ROWS) and group.get_seq_length() == 150
+    group = CacheGroup([sequence.target for _, sequence, _ in rows], [2] * len(ROWS))
+    expected = [position for length, *_ in ROWS for position in (length, length + 1)]
+    assert group.positions(torch.device("cpu")).tolist() == [expected]
+    assert group.get_seq_length() == 150

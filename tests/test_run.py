@@ -233,6 +233,79 @@ def test_ctrl_c_in_a_prompts_file_keeps_the_finished_outputs(run, tmp_path, monk
     assert record["new_tokens"] == 6
 
 
+# Batches
+
+
+ROWS = [{"prompt": "a" * 30}, {"prompt": "b", "seed": 3}, {"prompt": "c" * 9}, {"prompt": "d" * 20}]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return "prompts_file=rows.jsonl"
+
+
+def test_a_batch_writes_what_prompts_one_by_one_write(run, rows_file):
+    settings = (rows_file, "ignore_eos=true", "temperature=1.0", "model.dtype=float32", "quiet=true")
+    code, [one], text, err = run(*settings)
+    assert (code, err) == (0, "")
+    code, [batch], batch_text, err = run(*settings, "batch_size=3")
+    assert (code, err) == (0, "")
+    assert batch_text.rpartition("{")[0].split("{")[0] == text.rpartition("{")[0].split("{")[0], "in order of the file"
+    same = ("text", "prompt_tokens", "new_tokens", "rounds", "accepted_tokens", "target_kv_bytes", "seed", "finished")
+    assert [[row[key] for key in same] for row in batch["outputs"]] == [
+        [row[key] for key in same] for row in one["outputs"]
+    ]
+    assert [row["seed"] for row in batch["outputs"]] == [0, 3, 0, 0] and batch["seed"] == 0
+    assert (batch["batch_size"], batch["rounds"], batch["new_tokens"]) == (3, one["rounds"], 24)
+    assert batch["verify_passes"] < batch["rounds"] == round(batch["rows_per_pass"] * batch["verify_passes"])
+    assert batch["tokens_per_second"] == pytest.approx(24 / batch["seconds"])
+    assert batch["target_kv_bytes"] > one["target_kv_bytes"] and batch["finished"] is True
+    assert max(row["seconds"] for row in batch["outputs"]) <= batch["seconds"]
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/record.md").read_text()))
+    assert (batch.keys() | batch["outputs"][0].keys()) - documented == set()
+
+
+def test_ctrl_c_in_a_batch_keeps_the_finished_outputs(run, rows_file, monkeypatch):
+    prefill, calls = Decoder.prefill, []
+
+    def fourth_is_interrupted(self, sequence):
+        calls.append(1)
+        return interrupt() if len(calls) == 4 else prefill(self, sequence)
+
+    monkeypatch.setattr(Decoder, "prefill", fourth_is_interrupted)
+    code, [record], out, _ = run(rows_file, "ignore_eos=true", "batch_size=3", "quiet=true")
+    assert (code, record["interrupted"], record["finished"]) == (130, True, False)
+    outputs = record["outputs"]
+    assert len(outputs) == 3 and any(row["finished"] and row["new_tokens"] == 6 for row in outputs)
+    assert out.startswith("\n".join(row["text"] for row in outputs))
+
+
+def test_ctrl_c_before_the_first_token_of_a_batch_leaves_a_record(run, rows_file, monkeypatch):
+    monkeypatch.setattr(Decoder, "prefill", interrupt)
+    code, [record], _, _ = run(rows_file, "batch_size=3", "quiet=true")
+    assert (code, record["interrupted"], record["new_tokens"], len(record["outputs"])) == (130, True, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["prompt=a", "batch_size=2"], "batch_size=2 needs several prompts; give them as prompts_file=FILE."),
+        (["task=fidelity", "task.text_file=t", "batch_size=2"], "batch_size=2 changes nothing in task=fidelity;"),
+        (
+            ["prompts_file=rows.jsonl", "report=true", "batch_size=2"],
+            "report=true shows prompts that are answered one",
+        ),
+        (["prompts_file=seeds.jsonl"], "prompts_file=seeds.jsonl line 1 has the seed -1; give a number from 0 to"),
+    ],
+)
+def test_what_a_batch_cannot_use_is_refused(run, rows_file, tmp_path, overrides, sentence):
+    (tmp_path / "seeds.jsonl").write_text('{"prompt": "a", "seed": -1}\n')
+    code, _, _, err = run(*overrides, "quiet=true")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith(sentence)
+
+
 # The end of memory
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..display import Display
+from ..display import Display, batch_line, live_line
+from ..errors import UserError
+from ..generation_batch import GenerationBatch
 from ..generator import Generation, SpecSmallKV
 from ..memory import peak_memory_bytes, reset_peak_memory
 from ..models import load_pair
@@ -57,18 +59,28 @@ def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
 
 @dataclass
 class GenerateTask:
-    """Answers every request in turn; after Ctrl-C the record holds what there is, with `interrupted`."""
+    """Answers every request, `batch_size` at once; after Ctrl-C the record holds what there is, with `interrupted`."""
 
     name: str
+    uses_batch_size = True
 
     def run(self, config: RunConfig) -> dict[str, Any]:
+        if config.batch_size > 1 and config.prompts_file is None:
+            raise UserError(f"batch_size={config.batch_size} needs several prompts; give them as prompts_file=FILE.")
         requests = read_requests(config)
         display = Display(config.quiet)
         with display.waiting("loading the models"):
             spec = load_generator(config)
         loading_peak = peak_memory_bytes(spec.pair.target.device)
-        outputs, interrupted = self._answer(spec, requests, config, display)
-        record = setting_figures(config, spec) | combine(outputs) | {"interrupted": interrupted}
+        generations = [open_stream(spec, request, config) for request in requests]  # all are checked before the first
+        if config.batch_size > 1:
+            batch = GenerationBatch(spec, generations, config.batch_size)
+            outputs, interrupted = answer_batch(batch, display)
+            figures = combine(outputs, batch.figures())
+        else:
+            outputs, interrupted = answer_in_turn(generations, config, display)
+            figures = combine(outputs)
+        record = setting_figures(config, spec) | figures | {"interrupted": interrupted}
         if loading_peak is not None:
             record["peak_memory_bytes"] = max(loading_peak, record["peak_memory_bytes"])
         if config.prompts_file is not None:
@@ -76,31 +88,33 @@ class GenerateTask:
         display.table(record)
         return record
 
-    def _answer(
-        self, spec: SpecSmallKV, requests: list[Request], config: RunConfig, display: Display
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """Figures per request; all are checked before the first is answered, and their caches freed one by one."""
-        outputs: list[dict[str, Any]] = []
-        for number, generation in enumerate([open_stream(spec, request, config) for request in requests]):
-            observed = Observed(generation, config, number)
-            try:
-                reset_peak_memory()
-                show(generation, display)
-            except KeyboardInterrupt:
-                return [*outputs, generation.figures() | observed.write(display)], True
-            outputs.append(generation.figures() | observed.write(display))
-            generation.sequence = None
-        return outputs, False
+
+def answer_in_turn(
+    generations: list[Generation], config: RunConfig, display: Display
+) -> tuple[list[dict[str, Any]], bool]:
+    """Figures per generation, and whether Ctrl-C came; the caches are freed one by one."""
+    outputs: list[dict[str, Any]] = []
+    for number, generation in enumerate(generations):
+        observed = Observed(generation, config, number)
+        try:
+            reset_peak_memory()
+            show(generation, display)
+        except KeyboardInterrupt:
+            return [*outputs, output(generation) | observed.write(display)], True
+        outputs.append(output(generation) | observed.write(display))
+        generation.release()
+    return outputs, False
 
 
 def show(generation: Generation, display: Display) -> None:
     """Text to stdout as it comes, a line break behind it whatever happens."""
+    first = f"reading a prompt of {len(generation.prompt_ids)} tokens"
     try:
-        with display.progress(generation) as progress:
+        with display.progress(first, lambda: live_line(generation)) as progress:
             for piece in generation:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-                progress()
+                progress(True)
     finally:
         print(flush=True)
 
@@ -135,10 +149,35 @@ class Observed:
         return written
 
 
+def answer_batch(batch: GenerationBatch, display: Display) -> tuple[list[dict[str, Any]], bool]:
+    """The same for several at once: a text is shown whole, once it and all before it are there."""
+    shown, interrupted = 0, False
+    reset_peak_memory()
+    try:
+        with display.progress("reading the first prompts", lambda: batch_line(batch)) as progress:
+            for generation in batch.rounds():
+                while shown < len(batch.generations) and batch.generations[shown].finished:
+                    print(batch.generations[shown].text, flush=True)
+                    shown += 1
+                progress(generation.finished)
+    except KeyboardInterrupt:
+        interrupted = True
+    begun = batch.begun or batch.generations[:1]
+    for generation in begun[shown:]:
+        print(generation.text, flush=True)
+    return [output(generation) for generation in begun], interrupted
+
+
+def output(generation: Generation) -> dict[str, Any]:
+    """A row of `outputs`."""
+    return generation.figures() | {"seed": generation.settings.seed}
+
+
 def open_stream(spec: SpecSmallKV, request: Request, config: RunConfig) -> Generation:
     prompt = request.messages if request.messages is not None else request.prompt
     assert prompt is not None, "a request has a prompt or messages"
-    return spec.stream(prompt, **generation_settings(config))
+    settings = generation_settings(config)
+    return spec.stream(prompt, **settings | ({} if request.seed is None else {"seed": request.seed}))
 
 
 def generation_settings(config: RunConfig) -> dict[str, Any]:
@@ -153,13 +192,17 @@ def generation_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def combine(outputs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run's figures from its outputs': counts are summed, bytes are those of the fullest output."""
+def combine(outputs: list[dict[str, Any]], batch: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One run's figures from its outputs': counts are summed, bytes are those of the fullest output.
+
+    batch: what outputs that were made together have in common takes the place of both.
+    """
     if len(outputs) == 1:
-        return outputs[0]
+        return outputs[0] | (batch or {})
     fullest = max(outputs, key=lambda figures: figures["target_kv_bytes"] or 0)
     total = dict(fullest) | {key: sum(figures.get(key) or 0 for figures in outputs) for key in SUMMED}
     total |= {key: max(figures.get(key) or 0 for figures in outputs) for key in LARGEST}
+    total |= {"finished": all(figures.get("finished") for figures in outputs)} | (batch or {})
     emitted = total["new_tokens"] - len(outputs)  # the first token of each comes from its prefill
     decoding = total["seconds"] - sum(figures["ttft_seconds"] for figures in outputs)
     return total | {
