@@ -597,6 +597,8 @@ class Decoder:
         assert saliency is not None and oracle.head_map is not None, "planned before"
         believed = oracle.believed_heads(BELIEVED_SIMILARITY)
         for index, layer in enumerate(sequence.target.layers):
+            if not believed[index].any():
+                continue
             device = layer.k.device
             layer.tail_term = tail_term(
                 oracle.predict(index).to(device),

@@ -57,6 +57,23 @@ def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, 
         assert sequence.target.layers[0].num_kept > 0, "and something was evicted"
 
 
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv"])
+def test_a_draft_that_predicts_nothing_changes_nothing_that_snapkv_does(
+    target, draft, prompt, name, num_draft_tokens, monkeypatch
+):
+    monkeypatch.setattr("specsmallkv.matching.TRUSTED_SIMILARITY", 2.0)
+    policy = load_policy(name, kv_budget=0.3)
+    tokens, sequence = decode(target, draft, policy, num_draft_tokens, prompt)
+    snapkv = load_policy("snapkv", kv_budget=0.3, residency=policy.residency)
+    expected, rival = decode(target, draft, snapkv, num_draft_tokens, prompt)
+    assert tokens == expected
+    for ours, theirs in zip(sequence.target.layers, rival.target.layers, strict=True):
+        assert ours.num_marginal == 0 and theirs.num_kept > 0 and ours.tail_term is None
+        if not policy.every_round:  # which has yet to act on the last eviction event
+            assert torch.equal(ours.positions, theirs.positions)
+
+
 QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
 
 
