@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WEB = resources.files("specsmallkv") / "web"
 MAX_MAP_BYTES = 2_500_000  # of the tier sets in the page; heads are left out until they fit
+MAX_MAP_UNPACKED = 2**26  # bytes, in the browser's memory; what hardly changes deflates to nothing
 MAX_MAP_ROUNDS = 400
 NO_SENSE = "\ufffd"  # what a tokenizer decodes a split character to
 
@@ -98,6 +99,8 @@ def tier_map(sets: list["TierSets"]) -> dict[str, Any] | None:
     packed = {name: deltas(plane, sets[-1].tail_start) for name, plane in planes.items()}  # (L, H_kv, R, bytes)
     heads = [divmod(i, packed["kept"].shape[1]) for i in range(packed["kept"].shape[0] * packed["kept"].shape[1])]
     bitmaps = {name: x.reshape(len(heads), *x.shape[2:]) for name, x in packed.items() if x.any()}
+    while sum(x.nbytes for x in bitmaps.values()) > MAX_MAP_UNPACKED and len(heads) > 1:
+        heads, bitmaps = heads[::2], {name: x[::2] for name, x in bitmaps.items()}
     encoded = {name: encode(x) for name, x in bitmaps.items()}
     while sum(map(len, encoded.values())) > MAX_MAP_BYTES and len(heads) > 1:
         heads, bitmaps = heads[::2], {name: x[::2] for name, x in bitmaps.items()}

@@ -81,6 +81,7 @@ function roundsSection() {
   };
   const own = (row) => Math.max(0, row.tokens.length - row.accepted);
   const passed = (row) => row.drafts.length > 0 && row.accepted === row.drafts.length;
+  const slow = Math.max(...shown.map((row) => sum(PHASES.map(([key]) => row.ms[key] || 0)))) > 2000;
   const charts = [
     { title: "Tokens per verify pass", series: [
       { name: "accepted drafts", fill: "var(--blue)", values: shown.map((row) => row.accepted) },
@@ -89,7 +90,7 @@ function roundsSection() {
       { name: "without drafts", fill: "var(--grey)", values: shown.map((row) => row.drafts.length ? 0 : own(row)) },
       { name: "refused drafts", fill: "var(--grey)", faint: true, values: shown.map((row) => row.drafts.length - row.accepted) },
     ] },
-    { title: "Milliseconds per round", series: PHASES.map(([key, name, fill]) => ({ name, fill: `var(--${fill})`, values: shown.map((row) => row.ms[key] || 0) })) },
+    { title: slow ? "Seconds per round" : "Milliseconds per round", series: PHASES.map(([key, name, fill]) => ({ name, fill: `var(--${fill})`, values: shown.map((row) => (row.ms[key] || 0) / (slow ? 1000 : 1)) })) },
   ];
   if (record.recall_bytes) charts.push({ title: "Recalled from host memory, MiB per round", height: 110, series: [{ name: "recalled", fill: "var(--recalled)", values: shown.map((row) => row.recall_bytes / 2 ** 20) }] });
   charts.forEach(({ title, series, height }, n) => {
@@ -112,7 +113,7 @@ async function mapSection() {
   const count = map.tail.length, size = map.stride * count, planes = {};
   for (const name of ["kept", "marginal"]) if (map[name]) planes[name] = restore(await inflate(map[name]), map.heads.length, count, map.stride);
   const state = { pair: 0, round: count - 1, at: null, zoom: 0, offset: 0 };
-  const has = (name, round, at) => planes[name] && bit(planes[name].subarray(state.pair * size + round * map.stride), at);
+  const has = (name, round, at) => planes[name] && bit(planes[name], 8 * (state.pair * size + round * map.stride) + at);
   function tier(round, at) {
     if (at >= map.seen[round]) return TIER.none;
     if (at >= map.tail[round]) return map.tail[round] ? TIER.recent : TIER.critical;
