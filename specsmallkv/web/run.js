@@ -239,6 +239,7 @@ function attentionSection() {
   legend($("profile-legend"), [["target's attention", "var(--blue)"], ["draft's prediction", "var(--orange)"], ["held on the device", "var(--text)"]]);
   for (const id of ["sample", "pick"]) $(id).addEventListener("change", profile);
   $("sample").value = attention.samples.length - 1;
+  $("pick").value = attention.samples[0].rows.length >> 1;  // neither the best nor the worst
   drawn(profile);
 }
 const shade = (v) => `color-mix(in oklab, var(--high) ${Math.round(100 * clamp(v, 0, 1))}%, var(--low))`;
