@@ -19,6 +19,7 @@ from .errors import UserError
 PACKAGE = Path(__file__).resolve().parent
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash")
+LINEARS = ("auto", "torch", "packed")
 SPECULATIONS = ("draft", "none")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf")
@@ -32,11 +33,12 @@ class ModelConfig:
     name: str  # what records and run directories call the pair
     target: str  # source string of the large model
     draft: Optional[str]  # source string of the small model; None: there is none
-    dtype: str  # auto: bfloat16 where the device computes in it, else float32
+    dtype: str  # auto: bfloat16 where it is fast, else float32
     device: str
     attention: str
     head_map: Optional[str] = None  # file of a saved head map; None: fitted on each prompt alone
     head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
+    linear: str = "auto"  # who multiplies by weights: torch, or packed for CPUs without bfloat16 arithmetic
 
 
 @dataclass
@@ -90,6 +92,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield bool(model.target.strip()), "model.target", model.target, "name a hub id or a local directory"
     yield model.dtype in DTYPES, "model.dtype", model.dtype, f"use {', '.join(DTYPES)}"
     yield model.attention in ATTENTIONS, "model.attention", model.attention, f"use {', '.join(ATTENTIONS)}"
+    yield model.linear in LINEARS, "model.linear", model.linear, f"use {', '.join(LINEARS)}"
     known_device = DEVICE.fullmatch(model.device) is not None
     yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda or cuda:N"
 

@@ -239,6 +239,7 @@ class SpecSmallKV:
         attention: str = "auto",
         head_map: str | None = None,
         head_map_check: bool = True,
+        linear: str = "auto",
     ) -> "SpecSmallKV":
         """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy.
 
@@ -250,7 +251,7 @@ class SpecSmallKV:
         elif kv_budget is not None:
             raise UserError(f"kv_budget={kv_budget} is given beside a policy object; set it on the policy.")
         needs_draft = bool(num_draft_tokens) or policy.reads_draft
-        config = ModelConfig(target, target, draft, dtype, device, attention, head_map, head_map_check)
+        config = ModelConfig(target, target, draft, dtype, device, attention, head_map, head_map_check, linear)
         return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention)
 
     def decoder(self, sampler: Sampler | None = None, policy: Policy | None = None) -> Decoder:

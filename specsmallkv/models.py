@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from . import random_model
 from .config import DTYPES, ModelConfig
 from .errors import UserError
+from .linear import Packed, PackedLinear, can_pack, choose_linear, pack_linears
 from .matching import HeadMap
 from .memory import is_out_of_memory, shortage
 from .placement import DeviceMap, device_map, empty_model
@@ -38,6 +39,7 @@ class ModelPair:
     """Origins, as the record shows them: "safetensors", "dequantised GGUF", "random weights", "distilled draft".
 
     head_map: a saved one, if the configuration names it.
+    linear: who multiplies, "torch" or "packed" (`linear.py`).
     """
 
     target: PreTrainedModel
@@ -46,6 +48,15 @@ class ModelPair:
     target_origin: str
     draft_origin: str | None
     head_map: HeadMap | None = None
+    linear: str = "torch"
+
+    def pack(self) -> None:
+        """Replace the linear layers of both models; from then on they are for inference only."""
+        packed: Packed = {}
+        for model in filter(None, (self.target, self.draft)):
+            model.specsmallkv_fingerprint = fingerprint(model)  # while it has its weights
+            pack_linears(model, packed)
+        self.linear = "packed"
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -65,7 +76,8 @@ class ModelPair:
 
 def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> ModelPair:
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    dtype = resolve_dtype(config.dtype, device, config.linear)
+    linear = choose_linear(config.linear, dtype, device)
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
     spread = None
@@ -73,16 +85,18 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
         beside = config.draft if need_draft else None
         spread = device_map(config.target, beside, dtype, quiet, torch.cuda.device_count())
     target, tokenizer, origin = load_target(config.target, dtype, device, quiet, spread)
-    if not (need_draft and config.draft):
-        return ModelPair(target, None, tokenizer, origin, None)
-    draft, draft_tokenizer, draft_origin = load_draft(
-        config.draft, target, dtype, target.device, config.target, tokenizer, quiet
-    )
-    check_tokenizers_agree(tokenizer, draft_tokenizer, config.target, config.draft)
-    _check_vocabulary_fits(config, target, draft, tokenizer)
-    _warn_if_larger(config, target, draft)
-    head_map = None if config.head_map is None else _saved_head_map(config, target, draft)
-    return ModelPair(target, draft, tokenizer, origin, draft_origin, head_map)
+    pair = ModelPair(target, None, tokenizer, origin, None)
+    if need_draft and config.draft:
+        pair.draft, draft_tokenizer, pair.draft_origin = load_draft(
+            config.draft, target, dtype, target.device, config.target, tokenizer, quiet
+        )
+        check_tokenizers_agree(tokenizer, draft_tokenizer, config.target, config.draft)
+        _check_vocabulary_fits(config, target, pair.draft, tokenizer)
+        _warn_if_larger(config, target, pair.draft)
+        pair.head_map = None if config.head_map is None else _saved_head_map(config, target, pair.draft)
+    if linear == "packed":
+        pair.pack()
+    return pair
 
 
 def load_target(
@@ -119,12 +133,13 @@ def load_draft(
     return model, target_tokenizer, "distilled draft"
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch type of `model.dtype`; auto is bfloat16 where the device computes in it, else float32."""
+def resolve_dtype(name: str, device: torch.device, linear: str = "torch") -> torch.dtype:
+    """The torch type of `model.dtype`; auto is bfloat16 where the device computes in it or `linear.py` helps out."""
     if name not in DTYPES:
         raise UserError(f"model.dtype={name!r} is not possible; use one of {', '.join(DTYPES)}.")
     if name == "auto":
-        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+        helped = linear != "torch" and can_pack(torch.bfloat16, device)
+        return torch.bfloat16 if helped or computes_in_bfloat16(device) else torch.float32
     return getattr(torch, name)
 
 
@@ -149,6 +164,8 @@ def resolve_device(name: str) -> torch.device:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Tells models apart, e.g. to key a saved head map; the same for float32 and bfloat16 copies of bf16 weights."""
+    if known := getattr(model, "specsmallkv_fingerprint", None):
+        return known
     config = model.config
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     digest = hashlib.sha256(repr([getattr(config, name) for name in (*names, "vocab_size")]).encode())
@@ -264,8 +281,14 @@ def _refuse_incomplete(missing: Any, source: str) -> None:
 
 
 def _weight_bytes(model: PreTrainedModel, besides: PreTrainedModel | None = None) -> int:
-    seen = {p.data_ptr() for p in besides.parameters()} if besides else set()
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() not in seen)
+    """Bytes of the model's parameters and packed layers but for those that `besides` has too."""
+    own, others = _weights(model), _weights(besides) if besides else {}
+    return sum(nbytes for key, nbytes in own.items() if key not in others)
+
+
+def _weights(model: PreTrainedModel) -> dict[int, int]:
+    packed = {id(x.blocks): x.nbytes for x in model.modules() if isinstance(x, PackedLinear)}
+    return {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()} | packed
 
 
 def _freeze(model: PreTrainedModel) -> PreTrainedModel:

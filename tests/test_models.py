@@ -25,7 +25,9 @@ TEXT = "In 2024, naïve café: 1,299€\n\n\t日本語 🙂\r\n"
 
 
 def pair_config(target=TARGET, draft=DRAFT, dtype="float32", device="cpu") -> ModelConfig:
-    return ModelConfig("tiny", str(target), None if draft is None else str(draft), dtype, device, "auto")
+    return ModelConfig(
+        "tiny", str(target), None if draft is None else str(draft), dtype, device, "auto", linear="torch"
+    )
 
 
 def sentence(call, *args) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class DistillTask:
         output.mkdir(parents=True, exist_ok=True)
         display = Display(config.quiet)
         with display.waiting("loading the model"):
-            pair = load_pair(config.model, need_draft=False, quiet=config.quiet)
+            pair = load_pair(replace(config.model, linear="torch"), need_draft=False, quiet=config.quiet)
         self._check_layers(pair.target.config.num_hidden_layers)
         settings = self._settings(config.seed)
         trainer = Trainer(pair.target, self._streams(pair, output, config.seed, display), settings)

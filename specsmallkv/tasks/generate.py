@@ -48,6 +48,7 @@ def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
         "device": str(spec.pair.target.device),
         "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
         "attention": spec.attention,
+        "linear": spec.pair.linear,
         "target_weights": spec.pair.target_origin,
         "draft_weights": spec.pair.draft_origin,
         "target_weight_bytes": spec.pair.target_weight_bytes,

@@ -1,0 +1,103 @@
+"""Linear layers for CPUs without bfloat16 arithmetic, whose products torch computes row by row.
+
+There a verify pass over k + 1 tokens costs k + 1 single ones, so speculation cannot pay. FBGEMM's kernel reads float16
+weights once for up to six rows and adds in float32. float16 has three bits of mantissa more than bfloat16, so weights
+from 2^-17 to 65504 in size stay exactly what they are; smaller ones move by 2^-25 at most.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+LARGEST = torch.finfo(torch.float16).max
+BLOCK = 2**25  # weights packed at once; bounds the float32 copy that packing needs, not the result
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with packed weights, for inference on a CPU; the original's weights are not kept."""
+
+    def __init__(self, layer: nn.Linear, blocks: list[Any]):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias, self.dtype, self.blocks = layer.bias, layer.weight.dtype, blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features), of the original weights' type."""
+        x = x.float()
+        parts = [torch.ops.quantized.linear_dynamic_fp16(x, block) for block in self.blocks]
+        out = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(self.dtype)
+        return out if self.bias is None else out + self.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights."""
+        return 2 * self.in_features * self.out_features
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+Slot = tuple[nn.Module, str, nn.Module]  # parent, name there, layer
+Packed = dict[int, list[Any]]  # by the address of the original weights: tied ones are packed once
+
+
+def linear_layers(model: nn.Module) -> list[Slot]:
+    """The model's plain linear layers and where they stand."""
+    children = ((parent, *child) for parent in model.modules() for child in parent.named_children())
+    return [slot for slot in children if type(slot[2]) is nn.Linear]
+
+
+def pack_linears(model: nn.Module, packed: Packed | None = None) -> None:
+    """Replace the model's linear layers one by one. packed: what models that share weights have packed already.
+
+    A layer with a weight that float16 cannot hold stays.
+    """
+    packed, slots = {} if packed is None else packed, linear_layers(model)
+    while slots:  # emptied on the way, so that each layer's own weights are freed before the next is packed
+        parent, name, layer = slots.pop()
+        weight = layer.weight.detach()
+        if weight.abs().max() <= LARGEST:
+            if weight.data_ptr() not in packed:
+                rows = max(1, BLOCK // weight.shape[1])
+                packed[weight.data_ptr()] = [_pack(block) for block in weight.split(rows)]
+            setattr(parent, name, PackedLinear(layer, packed[weight.data_ptr()]))
+
+
+def _pack(rows: Tensor) -> Any:
+    return torch.ops.quantized.linear_prepack_fp16(rows.float(), None)
+
+
+def exchange(slots: list[Slot]) -> list[Slot]:
+    """Put layers where they belong and return those that stood there."""
+    others = [(parent, name, parent.get_submodule(name)) for parent, name, _ in slots]
+    for parent, name, layer in slots:
+        setattr(parent, name, layer)
+    return others
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of this type can be packed here."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def choose_linear(requested: str, dtype: torch.dtype, device: torch.device) -> str:
+    """`model.linear` resolved: "auto" packs where torch would multiply row by row. UserError if it cannot be."""
+    if requested == "auto":
+        return "packed" if can_pack(dtype, device) and not _has_arithmetic(dtype) else "torch"
+    if requested == "packed" and not can_pack(dtype, device):
+        raise UserError(
+            "model.linear=packed needs a CPU, bfloat16 or float16 weights and a torch built with FBGEMM, "
+            f"not {device} with {str(dtype).removeprefix('torch.')}; use model.linear=auto."
+        )
+    return requested
+
+
+def _has_arithmetic(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this type on this CPU."""
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return True if supported is None else bool(supported())
