@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -331,7 +332,8 @@ class Decoder:
             if oracle is not None:
                 oracle.block.start(sequence.target.seen, len(following) + 1)
             call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
-            self.forward(self.draft_model, sequence.draft, sequence.tokens[sequence.draft.seen :] + following, call)
+            tokens = sequence.tokens[sequence.draft.seen :] + following
+            self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
 
     def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
@@ -343,8 +345,10 @@ class Decoder:
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count + 1 if oracle else count):
             call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
-            logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
-            if step < count:
+            if step == count:  # its row alone is wanted
+                self.forward(self.draft_model, sequence.draft, pending, call, num_logits=0)
+            else:
+                logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
                 token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
                 if oracle is not None:
                     chances = logits.softmax(-1) if distribution is None else distribution
@@ -477,7 +481,9 @@ class Decoder:
             end = sequence.draft.seen + len(chunk)
             rows = self._rows(len(chunk), end)
             rows.start(end - len(chunk), len(chunk))
-            self.forward(self.draft_model, sequence.draft, chunk, AttentionCall(self.attention, rows=rows))
+            self.forward(
+                self.draft_model, sequence.draft, chunk, AttentionCall(self.attention, rows=rows), num_logits=0
+            )
             queries = {i: x[:, :, start : start + len(chunk)] for i, x in evidence.queries.items()}
             oracle.observe(rows.values, queries, sequence.target, evidence.scaling, self.policy.num_sink_tokens)
         oracle.fit(self.policy.matching)
@@ -585,17 +591,14 @@ class Decoder:
         call: AttentionCall,
         num_logits: int = 1,
     ) -> Tensor:
-        """Float32 logits (num_logits, V) of the last positions."""
+        """Float32 logits (num_logits, V) of the last positions; 0 leaves the output layer out."""
         assert model is not None and cache is not None
         ids = torch.tensor([tokens], device=model.device)
-        output = model(
-            input_ids=ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=num_logits,
-            attention_call=call,
-        )
-        return output.logits[0].float()
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_call": call}
+        if num_logits == 0:
+            model.base_model(input_ids=ids, **options)
+            return torch.empty(0, self.vocab_size)
+        return model(input_ids=ids, logits_to_keep=num_logits, **options).logits[0].float()
 
     def forward_group(
         self, sequences: list[Sequence], tokens: list[list[int]], calls: list[AttentionCall], head: bool = True
