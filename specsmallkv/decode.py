@@ -41,7 +41,7 @@ class Round:
 
 @dataclass
 class Counters:
-    """Sums over the rounds after prefill; seconds per phase."""
+    """Sums over the rounds after prefill; seconds per phase, by the clock and of the CPU."""
 
     rounds: int = 0
     drafted: int = 0
@@ -50,13 +50,16 @@ class Counters:
     new_entries: list[float] = field(default_factory=list)
     max_target_bytes: int = 0
     full_bytes_then: int = 0
+    last_target_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.cpu_seconds[phase] = self.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu_start
 
     def add(self, emitted: int, drafted: int, accepted: int) -> None:
         self.rounds += 1
@@ -65,8 +68,9 @@ class Counters:
         self.accepted += accepted
 
     def see(self, cache: TieredCache) -> None:
-        """Note the fullest moment of the device cache."""
-        if (used := cache.nbytes) >= self.max_target_bytes:
+        """Note what the device cache holds, and its fullest moment."""
+        self.last_target_bytes = used = cache.nbytes
+        if used >= self.max_target_bytes:
             self.max_target_bytes, self.full_bytes_then = used, cache.full_nbytes
 
 
