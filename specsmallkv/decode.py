@@ -382,10 +382,10 @@ class Decoder:
             if self.policy.tail_factor and oracle is not None and self.policy.selection == "block":
                 self._set_tail_terms(sequence, oracle)
         if self.policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
-            for index, layer in enumerate(sequence.target.layers):
+            for layer, predicted in zip(sequence.target.layers, oracle.predictions(), strict=True):
                 if layer.num_marginal:
                     layer.marginal_weights = marginal_weights(
-                        oracle.predict(index).to(layer.k.device),
+                        predicted.to(layer.k.device),
                         layer.kept_positions,
                         layer.marginal_positions,
                         layer.tail_start,
@@ -551,10 +551,14 @@ class Decoder:
         policy, saliency = self.policy, sequence.evidence.saliency
         assert saliency is not None and oracle.head_map is not None, "planned before"
         believed = oracle.believed_heads(BELIEVED_SIMILARITY)
-        for index, layer in enumerate(sequence.target.layers):
+        believed_layers = believed.any(dim=1).tolist()
+        for index, predicted in enumerate(oracle.predictions()):
+            if not believed_layers[index]:
+                continue  # `retain` left it without a term
+            layer = sequence.target.layers[index]
             device = layer.k.device
             layer.tail_term = tail_term(
-                oracle.predict(index).to(device),
+                predicted.to(device),
                 saliency[index].to(device),
                 layer,
                 policy.num_sink_tokens,

@@ -1,4 +1,4 @@
-"""How fast this machine could be: bytes over its copy bandwidth, operations over its matrix rate, both measured here."""
+"""How fast this machine could be: bytes over its copy bandwidth, operations over its matrix rate, both measured."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..linear import PackedLinear
 from .throughput_systems import Run, synchronize
 
-COPIED, ROWS, TIMES = 2**28, 256, 5  # bytes, rows of the product, tries of which the best counts
+COPIED, ROWS, TIMES = 2**27, 256, 5  # bytes, rows of the product, tries of which the best counts
 
 
 @dataclass
@@ -64,7 +64,7 @@ def linear_size(model: nn.Module | None) -> tuple[int, int]:
 
 
 def roofline(machine: Machine, run: Run, target: PreTrainedModel, draft: PreTrainedModel | None) -> dict[str, float]:
-    """What a repeat had to move and compute per token, the least time for it, and the share of that in the real one."""
+    """What a repeat moved and computed per token, the speed that allows, and the share of it that was reached."""
     (count, nbytes), (draft_count, draft_bytes) = linear_size(target), linear_size(draft)
     head_count, head_bytes = linear_size(draft.get_output_embeddings() if draft is not None else None)
     moved = run.passes * nbytes + run.target_kv_read + run.steps * draft_bytes - run.headless * head_bytes

@@ -1,7 +1,8 @@
 """task=throughput: how fast each policy decodes, beside transformers' own generation, on one prompt in one process.
 
 The prompt is read once; every system starts from a copy of its caches. Repeats are interleaved in turns, so that a
-machine whose speed drifts is fair to all; medians count. `throughput_systems.py` has the systems, `roofline.py` the bounds.
+machine whose speed drifts is fair to all; medians count. `throughput_systems.py` has the systems, `roofline.py` the
+bounds.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,8 @@ from ..prompts import read_requests, read_text
 from .generate import setting_figures
 from .grid import neediest, policy_grid
 from .roofline import Machine, measure_machine, roofline
-from .throughput_systems import SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
 from .texts import passage
+from .throughput_systems import SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
 
 BASES = ("transformers", "assisted", "full")  # what ratios are taken against
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..cache import TieredCache
 from ..decode import Decoder, Round, Sequence
@@ -186,6 +187,8 @@ def dynamic_cache(cache: TieredCache, length: int) -> DynamicCache:
 def stock(model: PreTrainedModel, settings: dict[str, Any]) -> Iterator[None]:
     """The model as transformers alone would run it: its SDPA attention, greedy, no end-of-sequence token."""
     attention, config = model.config._attn_implementation, model.generation_config
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of how its own drafting calls `generate`
     model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, **settings)
     try:
@@ -193,6 +196,7 @@ def stock(model: PreTrainedModel, settings: dict[str, Any]) -> Iterator[None]:
     finally:
         model.set_attn_implementation(attention)
         model.generation_config = config
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager
