@@ -53,6 +53,7 @@ class Counters:
     last_target_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
+    recall_seconds: float = 0.0  # of moving memory, a part of other phases
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -542,8 +543,14 @@ class Decoder:
         """room: tokens that are appended before the next call, if more than what one verify block needs."""
         layers = sequence.target.layers
         evidence = {device: evidence_on(device, sequence.evidence) for device in {layer.k.device for layer in layers}}
-        for index, layer in enumerate(layers):
-            layer.retain(*self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at), room=room)
+        plans = [
+            self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at)
+            for index, layer in enumerate(layers)
+        ]
+        start = time.perf_counter()
+        for layer, plan in zip(layers, plans, strict=True):
+            layer.retain(*plan, room=room)
+        sequence.counters.recall_seconds += time.perf_counter() - start
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 

@@ -95,6 +95,7 @@ def test_bytes_follow_from_the_models_sizes(record):
     assert lookahead["kv_bytes_read_per_token"] < full["kv_bytes_read_per_token"] / 2
     assert full["draft_weight_bytes"] == full["draft_kv_bytes"] == 0 < lookahead["draft_kv_bytes"]
     assert set(lookahead["phase_ms"]) >= {"draft", "plan", "verify", "evict"}
+    assert 0 == full["recall_ms"] < lookahead["recall_ms"] <= lookahead["phase_ms"]["plan"]
 
 
 def test_the_runs_own_system_stands_at_the_top(record):

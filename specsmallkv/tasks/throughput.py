@@ -203,6 +203,7 @@ class ThroughputTask:
             "ttft_seconds": prompt.seconds,
             "draft_prefill_seconds": prompt.draft_seconds if sequence.draft is not None else 0.0,
             "phase_ms": {key: 1e3 * value / len(rounds) for key, value in counters.seconds.items()},
+            "recall_ms": 1e3 * counters.recall_seconds / len(rounds),
             "phase_cpu_ms": {key: 1e3 * value / len(rounds) for key, value in counters.cpu_seconds.items()},
             "acceptance_rate": accepted / drafted if drafted else None,
             "acceptance_per_position": per_position(rounds),
