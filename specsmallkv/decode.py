@@ -42,7 +42,7 @@ class Round:
 
 @dataclass
 class Counters:
-    """Sums over the rounds after prefill; seconds per phase."""
+    """Sums over the rounds after prefill; seconds per phase, by the clock and of the CPU."""
 
     rounds: int = 0
     drafted: int = 0
@@ -51,13 +51,17 @@ class Counters:
     new_entries: list[float] = field(default_factory=list)
     max_target_bytes: int = 0
     full_bytes_then: int = 0
+    last_target_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    recall_seconds: float = 0.0  # of moving memory, a part of other phases
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.cpu_seconds[phase] = self.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu_start
 
     def add(self, emitted: int, drafted: int, accepted: int) -> None:
         self.rounds += 1
@@ -66,8 +70,9 @@ class Counters:
         self.accepted += accepted
 
     def see(self, cache: TieredCache) -> None:
-        """Note the fullest moment of the device cache."""
-        if (used := cache.nbytes) >= self.max_target_bytes:
+        """Note what the device cache holds, and its fullest moment."""
+        self.last_target_bytes = used = cache.nbytes
+        if used >= self.max_target_bytes:
             self.max_target_bytes, self.full_bytes_then = used, cache.full_nbytes
 
 
@@ -416,10 +421,10 @@ class Decoder:
             if self.policy.tail_factor and oracle is not None and self.policy.selection == "block":
                 self._set_tail_terms(sequence, oracle)
         if self.policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
-            for index, layer in enumerate(sequence.target.layers):
+            for layer, predicted in zip(sequence.target.layers, oracle.predictions(), strict=True):
                 if layer.num_marginal:
                     layer.marginal_weights = marginal_weights(
-                        oracle.predict(index).to(layer.k.device),
+                        predicted.to(layer.k.device),
                         layer.kept_positions,
                         layer.marginal_positions,
                         layer.tail_start,
@@ -587,8 +592,14 @@ class Decoder:
         """room: tokens that are appended before the next call, if more than what one verify block needs."""
         layers = sequence.target.layers
         evidence = {device: evidence_on(device, sequence.evidence) for device in {layer.k.device for layer in layers}}
-        for index, layer in enumerate(layers):
-            layer.retain(*self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at), room=room)
+        plans = [
+            self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at)
+            for index, layer in enumerate(layers)
+        ]
+        start = time.perf_counter()
+        for layer, plan in zip(layers, plans, strict=True):
+            layer.retain(*plan, room=room)
+        sequence.counters.recall_seconds += time.perf_counter() - start
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 
@@ -596,12 +607,14 @@ class Decoder:
         policy, saliency = self.policy, sequence.evidence.saliency
         assert saliency is not None and oracle.head_map is not None, "planned before"
         believed = oracle.believed_heads(BELIEVED_SIMILARITY)
-        for index, layer in enumerate(sequence.target.layers):
-            if not believed[index].any():
-                continue
+        believed_layers = believed.any(dim=1).tolist()
+        for index, predicted in enumerate(oracle.predictions()):
+            if not believed_layers[index]:
+                continue  # `retain` left it without a term
+            layer = sequence.target.layers[index]
             device = layer.k.device
             layer.tail_term = tail_term(
-                oracle.predict(index).to(device),
+                predicted.to(device),
                 saliency[index].to(device),
                 layer,
                 policy.num_sink_tokens,

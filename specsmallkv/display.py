@@ -125,6 +125,22 @@ class Display:
             table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, kept, str(r["scored_tokens"]))
         self.console.print(table)
 
+    def throughput(self, rows: list[dict[str, Any]]) -> None:
+        """One line per system: speed, ratios by wall clock and CPU time, acceptance, bytes, share of the roofline."""
+        table = Table(title="decoding", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        names = ("tokens/s", "spread", "/ transformers", "/ assisted", "/ full", "CPU / transf.", "CPU / full")
+        for name in ("system", *names, "accepted", "KV read", "roofline"):
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            spread = f"{row['tokens_per_second_min']:.2f}-{row['tokens_per_second_max']:.2f}"
+            keys = ("ratio_to_transformers", "ratio_to_assisted", "ratio_to_full")
+            ratios = [row.get(key) for key in (*keys, "cpu_ratio_to_transformers", "cpu_ratio_to_full")]
+            cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+            read = f"{row['kv_bytes_read_per_token'] / 2**20:.1f} MiB"
+            last = f"{row['acceptance_length']:.2f}", read, f"{row['roofline_share']:.0%}"
+            table.add_row(row["name"], f"{row['tokens_per_second']:.2f}", spread, *cells, *last)
+        self.console.print(table)
+
 
 def live_line(generation: Generation) -> str:
     count, seconds = len(generation.token_ids), max(generation.seconds, 1e-9)

@@ -5,6 +5,8 @@ overwrites) and the running sum of the accepted rows since the last refresh (pap
 Rejected rows never enter the sum, so there is nothing to roll back but the block itself.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,13 @@ class AttentionOracle:
         self._count = 0.0
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
         self._fit: HeadMapFit | None = None
+        self._dense = block.buffer.new_empty(0)
 
     @property
     def nbytes(self) -> int:
         """Scratch on the device."""
-        return self.block.nbytes + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
+        dense = self._dense.nbytes
+        return self.block.nbytes + dense + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
 
     @property
     def num_sinks(self) -> int:
@@ -133,7 +137,19 @@ class AttentionOracle:
         predictions = [self._saliency(row.contiguous(), reduction) for row in rows]
         return torch.stack(predictions, dim=2)
 
+    def rows(self) -> Tensor:
+        """(M, q, N): the block's rows without gaps, or every product would copy them; valid until the next call."""
+        values = self.block.values
+        if self._dense.numel() < values.numel():
+            self._dense = torch.empty_like(self.block.buffer).flatten()
+        return self._dense[: values.numel()].view(values.shape).copy_(values)
+
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
         return self.head_map.predict(layer, self.block.values, None if self.history is None else self.history[layer])
+
+    def predictions(self) -> Iterator[Tensor]:
+        """`predict` of every target layer in turn, in few products."""
+        assert self.head_map is not None, "the head map is fitted before anybody asks"
+        return self.head_map.predictions(self.rows(), self.history)

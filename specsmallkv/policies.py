@@ -185,7 +185,7 @@ class Policy(ABC):
         scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
         with_keys = scores[..., : candidates.num_with_keys]
         count = min(sizes.critical - (committed - tail_start), candidates.num_with_keys)
-        critical = with_keys.topk(count, dim=-1).indices.sort(dim=-1).values
+        critical = with_keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
         rest = scores.scatter(-1, critical, -torch.inf)
         marginal = rest.topk(min(sizes.marginal, rest.shape[-1] - count), dim=-1).indices
         order = candidates.positions.gather(-1, marginal).argsort(dim=-1)

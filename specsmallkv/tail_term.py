@@ -48,11 +48,12 @@ def tail_term(
     count = layer.tail_start - kept.shape[1]
     if count <= 0:
         return None
-    older = rows[..., : layer.tail_start]
-    mass = older.masked_fill(~evicted[:, None, None], 0).sum(dim=-1)
-    against = rows[..., num_sinks:].sum(dim=-1) - mass  # sinks are always kept
+    held = rows.gather(-1, kept[:, None, None].expand(*rows.shape[:3], -1)).sum(dim=-1)
+    held += rows[..., layer.tail_start :].sum(dim=-1)
+    mass = (rows.sum(dim=-1) - held).clamp_min(0)  # of the evicted: one pass over the rows, no masked copy of them
+    against = held - rows[..., :num_sinks].sum(dim=-1)  # sinks are always kept
     ranked = saliency[:, : layer.tail_start].masked_fill(~evicted, -1)
-    near = ranked.topk(min(int(pool * kept.shape[1]), count), dim=-1).indices  # (H_kv, p)
+    near = ranked.topk(min(int(pool * kept.shape[1]), count), dim=-1, sorted=False).indices  # (H_kv, p)
     near_values = select(layer.store_v, near.unsqueeze(0)).to(predicted.device)[0].float()
     weights = rows.gather(-1, near[:, None, None].expand(*rows.shape[:3], -1))
     near_mass = weights.sum(dim=-1)

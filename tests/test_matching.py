@@ -74,6 +74,20 @@ def test_group_saliency_is_the_mean_prediction_of_the_group():
     torch.testing.assert_close(saliency, expected)
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 6 * 4 * N, 2**22])
+def test_layers_that_share_a_product_predict_what_each_predicts_alone(at_once, monkeypatch):
+    """History included, which two heads follow."""
+    monkeypatch.setattr("specsmallkv.matching.AT_ONCE", at_once)
+    own = torch.zeros(3, 6)
+    own[0, 2], own[2, 5] = 1.0, 0.3
+    head_map = HeadMap(torch.rand(3, 6, M).softmax(-1), torch.ones(3, 6), own)
+    rows, history = random_rows(M, seed=6)[:, :4], torch.rand(3, 6, N - 2)
+    predictions = list(head_map.predictions(rows, history))
+    assert len(predictions) == 3
+    for layer, predicted in enumerate(predictions):
+        torch.testing.assert_close(predicted, head_map.predict(layer, rows, history[layer]))
+
+
 def test_nonnegative_least_squares_meets_the_optimality_conditions():
     generator = torch.Generator().manual_seed(0)
     design, wanted = torch.randn(7, 30, 5, generator=generator), torch.randn(7, 30, 1, generator=generator)

@@ -66,6 +66,10 @@ def arguments(task: str, text_file: Path) -> list[str]:
             f"task.output_dir={text_file.parent}/distilled",
             *("task.layers=[0]", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
         ],
+        "throughput": [
+            *(f"task.text_file={text_file}", "task.context_tokens=64", "task.repeats=1"),
+            "task.systems=[transformers,assisted,full,specsmallkv+draft]",
+        ],
         "chat": ["max_new_tokens=2"],  # the fixture types for it
         "report": [f"task.dir={text_file.parent}"],
     }[task]

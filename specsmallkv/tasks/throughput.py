@@ -1,0 +1,249 @@
+"""task=throughput: how fast each policy decodes, beside transformers' own generation, on one prompt in one process.
+
+The prompt is read once; every system starts from a copy of its caches. Repeats are interleaved in turns, so that a
+machine whose speed drifts is fair to all; medians count. `throughput_systems.py` has the systems, `roofline.py` the
+bounds.
+"""
+
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..attention import AttentionMass
+from ..config import RunConfig
+from ..decode import Decoder, Round
+from ..display import Display
+from ..errors import UserError
+from ..generator import SpecSmallKV
+from ..linear import Slot, choose_linear, linear_layers
+from ..models import load_pair
+from ..policies import Policy
+from ..presets import load_policy
+from ..prompts import read_requests, read_text
+from .generate import setting_figures
+from .grid import neediest, policy_grid
+from .roofline import Machine, measure_machine, roofline
+from .texts import passage
+from .throughput_systems import SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
+
+BASES = ("transformers", "assisted", "full")  # what ratios are taken against
+
+
+@dataclass
+class Measured:
+    """A system and its repeats."""
+
+    system: OwnSystem | StockSystem
+    runs: list[Run] = field(default_factory=list)
+
+    def rate(self, clock: str = "seconds") -> list[float]:
+        """Tokens a second of each repeat; clock: "seconds" or "cpu_seconds"."""
+        return [(len(run.tokens) - 1) / max(getattr(run, clock), 1e-9) for run in self.runs]
+
+
+@dataclass
+class ThroughputTask:
+    """text_file, offset, context_tokens: the prompt, else the run's own. systems: see conf/task/throughput.yaml.
+
+    repeats and warmup_tokens of each system; assistant_tokens and lookup_tokens of transformers' own speculation;
+    stock_prefill: time transformers' prefill too.
+    """
+
+    name: str
+    text_file: str | None
+    offset: int
+    context_tokens: int
+    repeats: int
+    warmup_tokens: int
+    systems: list[str]
+    assistant_tokens: int
+    lookup_tokens: int
+    stock_prefill: bool
+
+    def __post_init__(self) -> None:
+        rules = {"offset": 0, "context_tokens": 16, "repeats": 1, "warmup_tokens": 1}
+        for key, least in (rules | {"assistant_tokens": 1, "lookup_tokens": 1}).items():
+            if getattr(self, key) < least:
+                raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least {least}.")
+        if not self.systems or len(set(self.systems)) < len(self.systems):
+            raise UserError(f"task.systems=[{','.join(self.systems)}] is empty or names one twice; name each once.")
+
+    @torch.inference_mode()
+    def run(self, config: RunConfig) -> dict[str, Any]:
+        if config.max_new_tokens < 2 or config.temperature:
+            raise UserError("task=throughput decodes greedily, 2 tokens or more; leave temperature out.")
+        display, chosen = Display(config.quiet), config.policy
+        policies = {name: self._policy(chosen, name) for name in self.systems if name not in STOCK}
+        with display.waiting("loading the models"):
+            spec, originals = self._load(config, policies)
+        tokens = self._tokens(config, spec)
+        with display.waiting(f"reading {len(tokens)} tokens"):
+            prompt = self._read(config, spec, list(policies.values()), tokens)
+        measured = self._systems(config, spec, policies, prompt, originals)
+        interrupted = self._measure(measured, config.max_new_tokens, display)
+        machine = measure_machine(spec.pair.target)
+        rows = with_ratios([self._row(x, spec, prompt, machine) for x in measured if x.runs])
+        display.throughput(rows)
+        figures = headline(rows, chosen, config.speculation.name) | {"systems": rows, "machine": vars(machine)}
+        figures |= {"threads": torch.get_num_threads(), "prompt_tokens": len(tokens), "interrupted": interrupted}
+        return setting_figures(config, spec) | figures
+
+    # --- what is measured ----------------------------------------------------------------------------------------
+
+    def _policy(self, chosen: Policy, name: str) -> Policy:
+        (policy,) = policy_grid(chosen, [name.removesuffix(SPECULATES)], [chosen.kv_budget])
+        return policy
+
+    def _load(self, config: RunConfig, policies: dict[str, Policy]) -> tuple[SpecSmallKV, list[Slot]]:
+        """The pair, and its layers before they were packed, for transformers' own systems."""
+        speculates = any(name.endswith(SPECULATES) or name == "assisted" for name in self.systems)
+        need_draft = speculates or any(policy.reads_draft for policy in policies.values())
+        pair = load_pair(replace(config.model, linear="torch"), need_draft, config.quiet)
+        models = [model for model in (pair.target, pair.draft) if model is not None]
+        originals: list[Slot] = []
+        if choose_linear(config.model.linear, pair.target.dtype, pair.target.device) == "packed":
+            if any(name in STOCK for name in self.systems):
+                originals = [slot for model in models for slot in linear_layers(model)]
+            pair.pack()
+        num_draft_tokens = max(1, config.speculation.num_draft_tokens) if speculates else 0
+        policy = neediest(list(policies.values()) or [load_policy("full")])
+        return SpecSmallKV(pair, policy, num_draft_tokens, config.model.attention), originals
+
+    def _tokens(self, config: RunConfig, spec: SpecSmallKV) -> list[int]:
+        if self.text_file is not None:
+            content = read_text("task.text_file", self.text_file)
+            tokens = passage(spec, self.text_file, content, self.offset, self.context_tokens, "task.context_tokens")
+        else:
+            requests = read_requests(config)
+            if len(requests) > 1:
+                raise UserError(f"prompts_file={config.prompts_file} has several prompts; give task=throughput one.")
+            prompt: Any = requests[0].messages if requests[0].messages is not None else requests[0].prompt
+            tokens = spec.encode(prompt, config.chat)
+        spec.check_length(tokens, config.max_new_tokens + 1)
+        return tokens
+
+    def _read(self, config: RunConfig, spec: SpecSmallKV, policies: list[Policy], tokens: list[int]) -> Prompt:
+        mass = AttentionMass if any(policy.reads_mass for policy in policies) else None
+        return read_prompt(spec.decoder(), tokens, config.max_new_tokens + 1, mass)
+
+    def _systems(
+        self, config: RunConfig, spec: SpecSmallKV, policies: dict[str, Policy], prompt: Prompt, originals: list[Slot]
+    ) -> list[Measured]:
+        pair, systems = spec.pair, []
+        drafting = {
+            "num_assistant_tokens": self.assistant_tokens,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": 0.0,
+        }
+        for name in self.systems:
+            if name in STOCK:
+                options = {"prompt_lookup_num_tokens": self.lookup_tokens} if name == "prompt_lookup" else {}
+                systems.append(StockSystem(name, prompt, pair.draft, originals, options, drafting))
+            else:
+                count = spec.num_draft_tokens if name.endswith(SPECULATES) else 0
+                decoder = Decoder(
+                    pair.target, pair.draft, policies[name], count, None, spec.attention, head_map=pair.head_map
+                )
+                systems.append(OwnSystem(name, decoder, prompt))
+        return [Measured(system) for system in systems]
+
+    def _measure(self, measured: list[Measured], num_tokens: int, display: Display) -> bool:
+        """Every system in turn, again and again, each time another one first; whether Ctrl-C ended it."""
+        try:
+            for own in measured:
+                with display.waiting(f"warming up {own.system.name}"):
+                    own.system.run(min(self.warmup_tokens, num_tokens))
+            for repeat in range(self.repeats):
+                first = repeat % len(measured)
+                for own in measured[first:] + measured[:first]:
+                    with display.waiting(f"repeat {repeat + 1} of {self.repeats}: {own.system.name}"):
+                        own.runs.append(own.system.run(num_tokens))
+        except KeyboardInterrupt:
+            if not any(own.runs for own in measured):
+                raise
+            return True
+        return False
+
+    # --- what is reported ----------------------------------------------------------------------------------------
+
+    def _row(self, measured: Measured, spec: SpecSmallKV, prompt: Prompt, machine: Machine) -> dict[str, Any]:
+        """One system's figures; counts are those of its last repeat, since greedy repeats do the same."""
+        system, last, pair = measured.system, measured.runs[-1], spec.pair
+        uses_draft = last.steps > 0
+        row = {"name": system.name, "repeats": len(measured.runs), "new_tokens": len(last.tokens) - 1}
+        for key, clock in (("tokens_per_second", "seconds"), ("tokens_per_cpu_second", "cpu_seconds")):
+            rates = measured.rate(clock)
+            row |= {key: median(rates), f"{key}_min": min(rates), f"{key}_max": max(rates)}
+        row |= self._own_figures(measured) if isinstance(system, OwnSystem) else self._stock_figures(system)
+        tokens = len(last.tokens) - 1
+        row |= {
+            "acceptance_length": tokens / max(last.passes, 1),
+            "kv_bytes_read_per_token": last.target_kv_read / tokens,
+            "draft_kv_bytes_read_per_token": last.draft_kv_read / tokens,
+            "draft_weight_bytes": pair.draft_weight_bytes if uses_draft else 0,
+            "draft_kv_bytes": prompt.base.draft.nbytes if uses_draft and prompt.base.draft else 0,
+            "peak_memory_bytes": max((run.peak_memory_bytes or 0 for run in measured.runs), default=0) or None,
+            "text": pair.tokenizer.decode(last.tokens),
+            "token_ids": last.tokens,
+        }
+        return row | roofline(machine, last, pair.target, pair.draft if uses_draft else None)
+
+    def _own_figures(self, measured: Measured) -> dict[str, Any]:
+        last, prompt = measured.runs[-1], measured.system.prompt
+        sequence, rounds = last.sequence, last.rounds
+        assert sequence is not None and isinstance(measured.system, OwnSystem)
+        counters, policy = sequence.counters, measured.system.decoder.policy
+        drafted, accepted = counters.drafted, counters.accepted
+        return {
+            "policy": policy.name,
+            "kv_budget": policy.kv_budget,
+            "num_draft_tokens": measured.system.decoder.num_draft_tokens,
+            "ttft_seconds": prompt.seconds,
+            "draft_prefill_seconds": prompt.draft_seconds if sequence.draft is not None else 0.0,
+            "phase_ms": {key: 1e3 * value / len(rounds) for key, value in counters.seconds.items()},
+            "recall_ms": 1e3 * counters.recall_seconds / len(rounds),
+            "phase_cpu_ms": {key: 1e3 * value / len(rounds) for key, value in counters.cpu_seconds.items()},
+            "acceptance_rate": accepted / drafted if drafted else None,
+            "acceptance_per_position": per_position(rounds),
+            "target_kv_bytes": counters.max_target_bytes,
+            "target_kv_bytes_full": counters.full_bytes_then,
+            "target_kv_host_bytes": sequence.target.host_nbytes,
+            "recall_bytes_per_token": sequence.target.recall_bytes / (len(last.tokens) - 1),
+            "kept_per_layer": sequence.target.kept_per_layer(),
+        }
+
+    def _stock_figures(self, system: StockSystem) -> dict[str, Any]:
+        base = system.prompt.base
+        nbytes = base.target.full_nbytes
+        seconds = system.prefill() if self.stock_prefill and system.name == "transformers" else None
+        own = {"policy": None, "kv_budget": 1.0, "ttft_seconds": seconds, "acceptance_rate": None}
+        return own | {"target_kv_bytes": nbytes, "target_kv_bytes_full": nbytes}
+
+
+def per_position(rounds: list[Round]) -> list[float]:
+    """Of the rounds that drafted an i-th token, the share that accepted it."""
+    longest = max((round_.num_drafted for round_ in rounds), default=0)
+    drafted = [[round_ for round_ in rounds if round_.num_drafted > i] for i in range(longest)]
+    return [sum(round_.num_accepted > i for round_ in those) / len(those) for i, those in enumerate(drafted)]
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Speed over that of each of BASES, by wall clock and by CPU seconds, and how many first tokens equal full's."""
+    bases = {row["name"]: row for row in rows if row["name"] in BASES}
+    for row in rows:
+        for name, base in bases.items():
+            row[f"ratio_to_{name}"] = row["tokens_per_second"] / base["tokens_per_second"]
+            row[f"cpu_ratio_to_{name}"] = row["tokens_per_cpu_second"] / base["tokens_per_cpu_second"]
+        full = bases.get("full", row)["token_ids"]
+        pairs = list(zip(row["token_ids"], full, strict=False))
+        row["tokens_as_full"] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return rows
+
+
+def headline(rows: list[dict[str, Any]], chosen: Policy, speculation: str) -> dict[str, Any]:
+    """The figures at the top of the record: those of the run's own policy and speculation, if it was measured."""
+    name = chosen.name + (SPECULATES if speculation == "draft" else "")
+    own = next((row for row in rows if row["name"] == name), {"name": None})
+    return {key: value for key, value in own.items() if key not in ("name", "policy", "kv_budget", "num_draft_tokens")}

@@ -1,0 +1,137 @@
+"""task=throughput on tiny random models: every system decodes the same text, and the record says how."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from specsmallkv.config import CONFIG_DIR
+from specsmallkv.decode import Round
+from specsmallkv.errors import UserError
+from specsmallkv.presets import build
+from specsmallkv.tasks import roofline
+from specsmallkv.tasks.throughput import per_position, with_ratios
+
+STOCK = ["transformers", "assisted", "prompt_lookup"]
+OURS = ["full", "full+draft", "snapkv", "snapkv+draft", "specsmallkv+draft"]
+CONTEXT, NEW, REPEATS = 150, 12, 2
+
+
+def run(tmp_path, *overrides):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (7 * i * i + i // 5) % 26) for i in range(3000)), encoding="utf-8")
+    settings = [
+        "+model=tiny-random",
+        "model.draft='random:llama?layers=2&hidden=64&heads=4&kv_heads=2&vocab=320&context=32768&seed=0'",
+        "model.dtype=float32",
+        "task=throughput",
+        f"task.text_file={text}",
+        f"task.context_tokens={CONTEXT}",
+        f"max_new_tokens={NEW}",
+        f"task.repeats={REPEATS}",
+        "task.warmup_tokens=2",
+        "policy.kv_budget=0.3",
+        "quiet=true",
+    ]
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        node = compose("config", [*settings, *overrides])
+    config = OmegaConf.to_object(node)
+    config.policy, task = build(node.policy, "policy"), build(node.task, "task")
+    return task.run(config)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "COPIED", 2**20)
+        return run(tmp_path_factory.mktemp("throughput"), f"task.systems=[{','.join(STOCK + OURS)}]")
+
+
+def row(record, name):
+    return next(row for row in record["systems"] if row["name"] == name)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", [*STOCK, "full+draft"])
+def test_systems_with_the_full_cache_decode_one_text(name, record):
+    """Also on transformers' side: its caches were filled by hand, and its first assisted pass was cut."""
+    assert row(record, name)["token_ids"] == row(record, "full")["token_ids"]
+    assert row(record, name)["tokens_as_full"] == NEW + 1
+
+
+def test_speculation_changes_no_token_of_a_static_policy(record):
+    assert row(record, "snapkv")["token_ids"] == row(record, "snapkv+draft")["token_ids"]
+
+
+def test_a_draft_that_is_the_target_is_accepted_in_every_system(record):
+    """The draft's cache, too, is the prompt's: with a wrong one assisted generation would reject."""
+    assert row(record, "full+draft")["acceptance_rate"] == 1
+    assert row(record, "full+draft")["acceptance_per_position"] == [1, 1, 1]
+    assert row(record, "full+draft")["acceptance_length"] == NEW / 3  # blocks of 4, cut by nothing
+    assert row(record, "assisted")["acceptance_length"] >= NEW / 3
+    assert row(record, "transformers")["acceptance_length"] == row(record, "full")["acceptance_length"] == 1
+
+
+def test_every_row_has_speed_ratios_and_bytes(record):
+    assert [row["name"] for row in record["systems"]] == STOCK + OURS
+    for own in record["systems"]:
+        assert own["repeats"] == REPEATS and own["new_tokens"] == NEW
+        assert 0 < own["tokens_per_second_min"] <= own["tokens_per_second"] <= own["tokens_per_second_max"]
+        assert own["tokens_per_cpu_second"] > 0 and own["roofline_share"] > 0
+        for base in ("transformers", "assisted", "full"):
+            expected = own["tokens_per_second"] / row(record, base)["tokens_per_second"]
+            assert own[f"ratio_to_{base}"] == pytest.approx(expected) and own[f"cpu_ratio_to_{base}"] > 0
+    assert row(record, "full")["ratio_to_full"] == 1
+    assert record["machine"]["copy_bytes_per_second"] > 0 and record["threads"] >= 1
+
+
+def test_bytes_follow_from_the_models_sizes(record):
+    entry = 2 * 2 * 16 * 4 * 2  # K and V of 2 heads of 16 in float32, 2 layers
+    full, lookahead = row(record, "full"), row(record, "specsmallkv+draft")
+    expected = sum((CONTEXT + 1 + i) * entry for i in range(NEW)) / NEW
+    assert full["kv_bytes_read_per_token"] == pytest.approx(expected)
+    assert row(record, "transformers")["kv_bytes_read_per_token"] == pytest.approx(expected)
+    assert lookahead["target_kv_bytes"] < 0.7 * lookahead["target_kv_bytes_full"]
+    assert lookahead["kv_bytes_read_per_token"] < full["kv_bytes_read_per_token"] / 2
+    assert full["draft_weight_bytes"] == full["draft_kv_bytes"] == 0 < lookahead["draft_kv_bytes"]
+    assert set(lookahead["phase_ms"]) >= {"draft", "plan", "verify", "evict"}
+    assert 0 == full["recall_ms"] < lookahead["recall_ms"] <= lookahead["phase_ms"]["plan"]
+
+
+def test_the_runs_own_system_stands_at_the_top(record):
+    own = row(record, "specsmallkv+draft")
+    assert record["tokens_per_second"] == own["tokens_per_second"] and record["text"] == own["text"]
+    assert (record["policy"], record["kv_budget"], record["prompt_tokens"]) == ("specsmallkv", 0.3, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("task.systems=[]", "empty"),
+        ("task.systems=[full,full]", "names one twice"),
+        ("task.systems=[nope]", "policy=nope is unknown"),
+        ("task.repeats=0", "task.repeats=0 is too small"),
+        ("temperature=0.5", "decodes greedily"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(override, problem, tmp_path):
+    with pytest.raises(UserError, match=problem):
+        run(tmp_path, override)
+
+
+def test_acceptance_per_position_counts_only_rounds_that_drafted_so_far():
+    rounds = [Round([1], 3, 0), Round([1, 2, 3], 3, 2), Round([1, 2], 1, 1)]
+    assert per_position(rounds) == [2 / 3, 1 / 2, 1 / 2]
+
+
+def test_tokens_as_full_stops_at_the_first_difference():
+    speed = {"tokens_per_second": 1.0, "tokens_per_cpu_second": 1.0}
+    rows = with_ratios(
+        [speed | {"name": "full", "token_ids": [1, 2, 3]}, speed | {"name": "x", "token_ids": [1, 5, 3]}]
+    )
+    assert [row["tokens_as_full"] for row in rows] == [3, 1]
+
+
+def test_operations_and_bytes_of_a_linear_layer_are_counted():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)).bfloat16()
+    assert roofline.linear_size(layer) == (40, 80)
