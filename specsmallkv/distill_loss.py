@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -46,13 +46,21 @@ def recording_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def hidden_states(model: PreTrainedModel, ids: Tensor, recorder: RowRecorder | None = None) -> Tensor:
+    """What the head reads, (B, T, d). The residual stream has the layers' own precision, also under autocast."""
+    embedded = model.get_input_embeddings()(ids).to(next(model.base_model.layers.parameters()).dtype)
+    return model.base_model(inputs_embeds=embedded, use_cache=False, row_recorder=recorder).last_hidden_state
+
+
 AttentionInterface.register(NAME, recording_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class LogitDivergence(torch.autograd.Function):
-    """Mean KL(target || draft) over positions and the share of equal argmax.
+    """Mean KL(target || draft) over positions and the share of equal argmax, over the tokens that `head` has rows for.
 
+    With a trimmed head both distributions are renormalised on its tokens: elsewhere the draft's probability is 0 by
+    construction, and no hidden state could change that.
     The head is frozen, so the gradient towards the draft's hidden states is known in the forward pass,
     (draft - target) @ head, and no (positions, V) tensor outlives its chunk.
     """
