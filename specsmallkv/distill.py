@@ -130,6 +130,23 @@ def build_draft(target: PreTrainedModel, layers: list[int], token_ids: Tensor | 
     return draft
 
 
+@torch.no_grad()
+def busiest_layers(target: PreTrainedModel, count: int, ids: Tensor) -> list[int]:
+    """The `count` layers that turn the residual stream most on `ids` (B, T): largest mean angle between what goes in
+    and what comes out ("block influence", ShortGPT, arXiv 2403.03853)."""
+    turned: list[float] = []
+
+    def compare(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        cosine = nn.functional.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
+        turned.append(1 - cosine.mean().item())
+
+    hooks = [layer.register_forward_hook(compare) for layer in target.base_model.layers]
+    target.base_model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return sorted(sorted(range(len(turned)), key=lambda i: -turned[i])[:count])
+
+
 def own_parameters(draft: PreTrainedModel) -> dict[str, nn.Parameter]:
     """All but what is shared with the target."""
     return {n: p for n, p in draft.named_parameters() if not any(part in SHARED for part in n.split("."))}
@@ -160,7 +177,8 @@ class Trainer:
         for model in (self.target, self.draft):
             model.set_attn_implementation(NAME)
         if settings.gradient_checkpointing:
-            self.draft.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(draft, "activation_checkpointing_enable", None) or draft.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         num_layers, num_heads = target.config.num_hidden_layers, target.config.num_attention_heads
         self.mixture = nn.Parameter(initial_mixture(settings.layers, num_layers, num_heads).to(target.device))
         own = own_parameters(self.draft)
@@ -201,6 +219,11 @@ class Trainer:
         young = min(s.average, self.step / (self.step + 9))  # an early mean forgets where it began
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - young)
         return {name: value.item() for name, value in losses.items()}
+
+    def use_averages(self) -> None:
+        """Give the draft the weights that are exported."""
+        for name, mean in self.averages.items():
+            self.parameters[name].data.copy_(mean)
 
     def save(self, path: Path) -> None:
         """One file, replaced in one step: a kill leaves the old checkpoint or the new one."""
@@ -262,20 +285,6 @@ def train(
                 saved = time.monotonic()
     trainer.save(output_dir / "checkpoint.safetensors")
     on_checkpoint()
-
-
-@torch.no_grad()
-def agreement(target: PreTrainedModel, draft: PreTrainedModel, ids: Tensor) -> float:
-    """Share of positions of `ids` (B, T) at which both models have the same argmax."""
-    same = [(hidden_argmax(target, row) == hidden_argmax(draft, row)).float() for row in ids.split(1)]
-    return torch.cat(same).mean().item()
-
-
-def hidden_argmax(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    head = model.get_output_embeddings()
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=head.weight.dtype == torch.bfloat16):
-        hidden = hidden_states(model, ids).flatten(0, 1)
-    return torch.cat([head(part.to(head.weight.dtype)).argmax(-1) for part in hidden.split(256)])
 
 
 def export(trainer: Trainer, directory: Path, facts: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """A distilled draft: losses, exact resume, what is saved, and the target's own answers."""
 
 import dataclasses
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from specsmallkv.distill import (
     Curriculum,
     Settings,
     Trainer,
-    agreement,
     build_draft,
+    busiest_layers,
     export,
     own_parameters,
     start_from,
@@ -26,6 +27,7 @@ from specsmallkv.distill_loss import (
     attention_recall,
     initial_mixture,
 )
+from specsmallkv.distill_report import agreement, answer_agreement, curve_svg
 from specsmallkv.distill_text import sample_batch, sample_tokens
 from specsmallkv.errors import UserError
 
@@ -179,6 +181,30 @@ def test_the_mean_of_the_weights_is_what_is_exported(tmp_path):
 def test_a_draft_of_all_layers_is_the_target(architecture):
     target = tiny_model(architecture, seed=1)
     assert agreement(target, build_draft(target, [0, 1, 2]), torch.arange(32).view(2, 16)) == 1.0
+
+
+def test_a_draft_agrees_with_the_answers_that_it_would_have_written():
+    target, prompts = tiny_model(seed=1), [[5, 6, 7], [8, 9]]
+    answers = sample_batch(target, prompts, [0.0, 0.0], 6, {95}, torch.Generator())
+    assert answer_agreement(target, prompts, answers) == 1.0
+    changed = [[(token + 1) % 96 for token in answer] for answer in answers]
+    assert answer_agreement(target, prompts, changed) < 0.5
+
+
+def test_a_layer_that_does_nothing_is_not_among_the_busiest():
+    target = tiny_model(seed=1)
+    for projection in (target.model.layers[1].self_attn.o_proj, target.model.layers[1].mlp.down_proj):
+        torch.nn.init.zeros_(projection.weight)
+    assert busiest_layers(target, 2, torch.arange(30)[None]) == [0, 2]
+    assert not any(layer._forward_hooks for layer in target.model.layers)
+
+
+def test_the_picture_of_the_curve_is_well_formed():
+    svg = curve_svg([64 * step for step in range(1, 200)], [step / 400 for step in range(1, 200)])
+    points = ElementTree.fromstring(svg).findall("{*}polyline")[1].get("points").split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 50 and heights == sorted(heights, reverse=True)
+    assert "12,736 tokens" in svg
 
 
 def test_the_target_is_never_trained_and_never_saved(tmp_path):

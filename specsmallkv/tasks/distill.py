@@ -13,15 +13,17 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..display import Display
-from ..distill import Curriculum, Settings, Trainer, agreement, build_draft, export, start_from, train
+from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, start_from, train
 from ..distill_data import Lessons, cut_conversations, cut_text
+from ..distill_report import agreement, answer_agreement, curve_svg
 from ..distill_text import sample_batch
 from ..errors import UserError
 from ..models import ModelPair, fingerprint, load_pair
 from ..prompts import Request, read_requests_file, read_text
 from ..trimmed_head import frequent_tokens
 
-EVAL_LENGTH, EVAL_SEQUENCES = 512, 20
+EVAL_LENGTH, EVAL_SEQUENCES, EVAL_ANSWER = 512, 20, 128
+MEASURED = 1024  # tokens on which layers are compared
 PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 208, 64
 
 
@@ -33,7 +35,7 @@ class DistillTask:
     text_files: list[str]
     prompts_file: str | None
     output_dir: str | None
-    layers: list[int]
+    layers: Any
     head_tokens: int | None
     start_from: str | None
     tokens: int
@@ -51,6 +53,7 @@ class DistillTask:
     temperature: float
     checkpoint_minutes: float
     eval_text_file: str | None
+    eval_prompts_file: str | None
     resume: bool
 
     def __post_init__(self) -> None:
@@ -82,9 +85,8 @@ class DistillTask:
         display = Display(config.quiet)
         with display.waiting("loading the model"):
             pair = load_pair(config.model, need_draft=False, quiet=config.quiet)
-        self._check_layers(pair.target.config.num_hidden_layers)
-        settings = self._settings(config.seed)
         texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
+        settings = self._settings(config.seed, self._layers(pair, texts[0]))
         talks = self._conversations(pair, output / "answers.jsonl", config.seed, display) if self.prompts_file else []
         draft = build_draft(pair.target, settings.layers, self._head(pair, texts + talks))
         if self.start_from is not None:
@@ -93,11 +95,8 @@ class DistillTask:
         checkpoint = output / "checkpoint.safetensors"
         if self.resume and checkpoint.exists():
             trainer.load(checkpoint)
-        train_with_progress(trainer, output, self._facts(config, pair), display)
-        report: dict[str, Any] = {"steps": trainer.step, "tokens": trainer.tokens, "agreement": None}
-        if self.eval_text_file is not None:
-            report["agreement"] = self._agreement(pair, trainer)
-        (output / "report.json").write_text(json.dumps(report) + "\n")
+        train_with_progress(trainer, output, self._facts(config, pair, settings.layers), display)
+        report = self._report(pair, trainer, output)
         return {
             "model": config.model.name,
             "dtype": str(pair.target.dtype).removeprefix("torch."),
@@ -105,15 +104,21 @@ class DistillTask:
             "output_dir": str(output),
         } | report
 
-    def _check_layers(self, count: int) -> None:
-        if not self.layers or any(i not in range(count) for i in self.layers):
+    def _layers(self, pair: ModelPair, text: list[int]) -> list[int]:
+        """As named, or the given number of layers that do most on the beginning of the first text."""
+        count = pair.target.config.num_hidden_layers
+        if isinstance(self.layers, int) and 1 <= self.layers <= count:
+            return busiest_layers(pair.target, self.layers, torch.tensor([text[:MEASURED]], device=pair.target.device))
+        if isinstance(self.layers, int) or not self.layers or any(i not in range(count) for i in self.layers):
             raise UserError(
-                f"task.layers={self.layers} does not fit a target of {count} layers; name some of 0-{count - 1}."
+                f"task.layers={self.layers} does not fit a target of {count} layers; name some of 0-{count - 1}, or "
+                f"how many."
             )
+        return list(self.layers)
 
-    def _settings(self, seed: int) -> Settings:
+    def _settings(self, seed: int, layers: list[int]) -> Settings:
         return Settings(
-            list(self.layers),
+            layers,
             self.tokens,
             self.batch_size,
             self.long_every,
@@ -132,19 +137,20 @@ class DistillTask:
         vocab_size = pair.target.config.vocab_size
         if self.head_tokens is None or self.head_tokens >= vocab_size:
             return None
-        always = (set(pair.tokenizer.all_special_ids) | pair.eos_token_ids) & set(range(vocab_size))
+        special = {*pair.tokenizer.all_special_ids, *pair.tokenizer.added_tokens_decoder, *pair.eos_token_ids}
+        always = special & set(range(vocab_size))
         if self.head_tokens < len(always):
             raise UserError(
                 f"task.head_tokens={self.head_tokens} is below the {len(always)} special tokens; raise it."
             )
         return frequent_tokens(texts, self.head_tokens, vocab_size, always)
 
-    def _facts(self, config: RunConfig, pair: ModelPair) -> dict[str, object]:
+    def _facts(self, config: RunConfig, pair: ModelPair, layers: list[int]) -> dict[str, object]:
         return {
             "shares_embeddings": True,
             "target": config.model.target,
             "target_fingerprint": fingerprint(pair.target),
-            "target_layers": list(self.layers),
+            "target_layers": layers,
             "attention_loss_weight": self.attention_loss_weight,
             "seed": config.seed,
         }
@@ -198,14 +204,40 @@ class DistillTask:
             display.console.print(f"{min(start + ANSWER_BATCH, len(prompts))} of {len(prompts)} prompts answered")
         return [prompt + done[tuple(prompt)] for prompt in shuffled(prompts, seed)]
 
+    def _report(self, pair: ModelPair, trainer: Trainer, output: Path) -> dict[str, Any]:
+        """`report.json` and `curve.svg`."""
+        trainer.use_averages()
+        report = {
+            "steps": trainer.step,
+            "tokens": trainer.tokens,
+            "agreement": self._agreement(pair, trainer) if self.eval_text_file else None,
+            "answer_agreement": self._answer_agreement(pair, trainer) if self.eval_prompts_file else None,
+        }
+        (output / "report.json").write_text(json.dumps(report) + "\n")
+        curve = read_curve(output / "curve.jsonl")
+        (output / "curve.svg").write_text(curve_svg([p["tokens"] for p in curve], [p["agreement"] for p in curve]))
+        return report
+
     def _agreement(self, pair: ModelPair, trainer: Trainer) -> float:
-        ids = torch.tensor(tokens_of(pair, "task.eval_text_file", str(self.eval_text_file)))
-        count = min(EVAL_SEQUENCES, len(ids) // EVAL_LENGTH)
-        if not count:
-            raise UserError(
-                f"task.eval_text_file={self.eval_text_file} has only {len(ids)} tokens; give {EVAL_LENGTH}."
-            )
-        return agreement(pair.target, trainer.draft, ids[: count * EVAL_LENGTH].view(count, -1).to(pair.target.device))
+        """On pieces spread evenly over the held-out text."""
+        ids = cut_text(tokens_of(pair, "task.eval_text_file", str(self.eval_text_file)), EVAL_LENGTH, EVAL_SEQUENCES)
+        if not len(ids):
+            raise UserError(f"task.eval_text_file={self.eval_text_file} is too short; give {EVAL_LENGTH} tokens.")
+        return agreement(pair.target, trainer.draft, ids.long().to(pair.target.device))
+
+    def _answer_agreement(self, pair: ModelPair, trainer: Trainer) -> float:
+        requests = read_requests_file("task.eval_prompts_file", str(self.eval_prompts_file), chat=None)
+        prompts, answers = [encode_chat(pair, request) for request in requests], list[list[int]]()
+        for start in range(0, len(prompts), ANSWER_BATCH):
+            batch, greedy = prompts[start : start + ANSWER_BATCH], torch.Generator()
+            answers += sample_batch(pair.target, batch, [0.0] * len(batch), EVAL_ANSWER, pair.eos_token_ids, greedy)
+        return answer_agreement(trainer.draft, prompts, answers)
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """One point per step; a run that was killed and resumed wrote some steps twice."""
+    points = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return list({point["step"]: point for point in points}.values())
 
 
 def train_with_progress(trainer: Trainer, output: Path, facts: dict[str, object], display: Display) -> None:
