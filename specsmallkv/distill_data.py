@@ -52,12 +52,12 @@ class Lessons:
         self.digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:16]
         config = self.target.config
         heads = config.num_hidden_layers * config.num_attention_heads
-        self.shapes = {"hidden": (length, config.hidden_size)}
+        self.shapes: dict[str, tuple[int, ...]] = {"hidden": (length, config.hidden_size)}
         if self.with_rows:
             self.shapes["rows"] = (heads, len(self.positions), length)
         if self.directory is not None:
             self.kept = {name: self._file(name, (count, *shape), torch.float16) for name, shape in self.shapes.items()}
-            self.done = self._file("done", (count,), torch.uint8)
+            self.done = self._file("done_with_rows" if self.with_rows else "done", (count,), torch.uint8)
 
     def _file(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that is a (sparse) file; a kill leaves what was written."""

@@ -93,6 +93,11 @@ def test_what_the_target_said_is_read_from_disk_and_not_computed_again(tmp_path,
     assert_equal_state(first, run(again, 6))
 
 
+def test_what_was_kept_without_rows_is_not_taken_for_rows(tmp_path):
+    run(trainer(directory=tmp_path, attention_loss_weight=0.0), 6)
+    assert_equal_state(run(trainer(directory=tmp_path), 6), run(trainer(), 6))
+
+
 def test_gradient_checkpointing_changes_no_weight():
     assert_equal_state(run(trainer(), 4), run(trainer(gradient_checkpointing=True), 4))
 

@@ -215,7 +215,9 @@ class DistillTask:
         }
         (output / "report.json").write_text(json.dumps(report) + "\n")
         curve = read_curve(output / "curve.jsonl")
-        (output / "curve.svg").write_text(curve_svg([p["tokens"] for p in curve], [p["agreement"] for p in curve]))
+        (output / "curve.svg").write_text(
+            curve_svg([int(p["tokens"]) for p in curve], [p["agreement"] for p in curve])
+        )
         return report
 
     def _agreement(self, pair: ModelPair, trainer: Trainer) -> float:
