@@ -170,6 +170,12 @@ def test_a_higher_attention_weight_gives_a_better_oracle():
     assert results[1] < results[0]
 
 
+def test_the_mean_follows_the_weights_the_closer_the_younger_it_is():
+    start, moved = own_parameters(trainer().draft), run(trainer(), 1)
+    for name, mean in moved.averages.items():
+        torch.testing.assert_close(mean, start[name].detach().lerp(moved.parameters[name].detach(), 0.9))
+
+
 def test_the_mean_of_the_weights_is_what_is_exported(tmp_path):
     a_trainer = run(trainer(head=HEAD), 5)
     export(a_trainer, tmp_path, {"shares_embeddings": True})
