@@ -39,6 +39,7 @@ class Settings:
     lr: float = 1e-3
     warmup: float = 0.05  # share of the steps
     attention_loss_weight: float = 0.5
+    loss_temperature: float = 1.0  # of both distributions in the KL
     average: float = 0.98  # decay of the running mean of the weights that is exported
     gradient_checkpointing: bool = False
     checkpoint_minutes: float = 5.0
@@ -197,9 +198,9 @@ class Trainer:
         bf16 = self.target.dtype == torch.bfloat16
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             hidden = hidden_states(self.draft, ids, recorder)
-        head = self.draft.get_output_embeddings().weight
+        head, temperature = self.draft.get_output_embeddings().weight, self.settings.loss_temperature
         target_hidden = wanted["hidden"].to(hidden.dtype)
-        kl, agreement = LogitDivergence.apply(hidden.flatten(0, 1), target_hidden.flatten(0, 1), head)
+        kl, agreement = LogitDivergence.apply(hidden.flatten(0, 1), target_hidden.flatten(0, 1), head, temperature)
         attention = kl.new_zeros(())
         if recorder is not None:
             attention = attention_divergence(self.mixture, recorder.rows(), wanted["rows"].float())

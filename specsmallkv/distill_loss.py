@@ -66,8 +66,10 @@ class LogitDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, target_hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden, target_hidden (N, d), head (V, d)"""
+    def forward(
+        ctx: Any, hidden: Tensor, target_hidden: Tensor, head: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """hidden, target_hidden (N, d), head (V, d). temperature: of both; below 1 the likeliest tokens count more."""
         gradient = torch.empty_like(hidden)
         total, agreed = hidden.new_zeros(2, dtype=torch.float32).unbind()
         for start in range(0, len(hidden), CHUNK):
@@ -75,16 +77,16 @@ class LogitDivergence(torch.autograd.Function):
             drafted = (hidden[part].to(head.dtype) @ head.T).float()
             wanted = (target_hidden[part].to(head.dtype) @ head.T).float()
             agreed = agreed + (drafted.argmax(-1) == wanted.argmax(-1)).sum()
-            drafted, wanted = drafted.log_softmax(-1), wanted.log_softmax(-1)
+            drafted, wanted = (drafted / temperature).log_softmax(-1), (wanted / temperature).log_softmax(-1)
             probability = wanted.exp()
             total = total + (probability * wanted.sub_(drafted)).sum()
             gradient[part] = (drafted.exp_().sub_(probability)).to(head.dtype) @ head
-        ctx.save_for_backward(gradient / len(hidden))
+        ctx.save_for_backward(gradient / (temperature * len(hidden)))
         return total / len(hidden), agreed / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * loss_gradient, None, None
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * loss_gradient, None, None, None
 
 
 def predict_rows(mixture: Tensor, draft_rows: Tensor) -> Tensor:

@@ -230,14 +230,15 @@ def test_the_target_is_never_trained_and_never_saved(tmp_path):
     assert not any("embed_tokens" in name or "lm_head" in name for name in names)
 
 
-def test_chunked_divergence_equals_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_chunked_divergence_equals_the_plain_one(monkeypatch, temperature):
     monkeypatch.setattr("specsmallkv.distill_loss.CHUNK", 3)
     torch.manual_seed(0)
     hidden, target_hidden, head = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5), torch.randn(11, 5)
-    kl, same = LogitDivergence.apply(hidden, target_hidden, head)
+    kl, same = LogitDivergence.apply(hidden, target_hidden, head, temperature)
     kl.backward()
     copied = hidden.detach().clone().requires_grad_()
-    drafted, wanted = (copied @ head.T).log_softmax(-1), (target_hidden @ head.T).log_softmax(-1)
+    drafted, wanted = ((states @ head.T / temperature).log_softmax(-1) for states in (copied, target_hidden))
     plain = (wanted.exp() * (wanted - drafted)).sum(-1).mean()
     plain.backward()
     assert torch.allclose(kl, plain) and torch.allclose(hidden.grad, copied.grad, atol=1e-6)

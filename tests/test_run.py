@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_the_page_of_what_there_was(run, tmp_path, monkeypatch):
         *((f"task.{key}={value}", f"task.{key}={value} is not possible; give ") for key, value in [
             ("tokens", 0), ("seq_len", 1), ("batch_size", 0), ("long_every", -1), ("answers_share", 1.5), ("lr", 0.0),
             ("warmup", -0.1), ("attention_loss_weight", -1.0), ("temperature", -1.0), ("checkpoint_minutes", -1.0),
-            ("lr", float("nan")), ("repeats", 0), ("long_len", 1), ("average", 1.5),
+            ("lr", float("nan")), ("repeats", 0), ("loss_temperature", 0.0), ("long_len", 1), ("average", 1.5),
         ]),
         ("task.layers=[]", "task.layers=[] does not fit a target of 2 layers; name some of 0-1, or how many."),
         ("task.layers=[2]", "task.layers=[2] does not fit a target of 2 layers; name some of 0-1, or how many."),

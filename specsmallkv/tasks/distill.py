@@ -48,6 +48,7 @@ class DistillTask:
     lr: float
     warmup: float
     attention_loss_weight: float
+    loss_temperature: float
     average: float
     gradient_checkpointing: bool
     temperature: float
@@ -68,6 +69,7 @@ class DistillTask:
             "lr": (1e-12, 1),
             "warmup": (0, 1),
             "attention_loss_weight": (0, 1e6),
+            "loss_temperature": (1e-3, 1e3),
             "average": (0, 1),
             "temperature": (0, 1e6),
             "checkpoint_minutes": (0, math.inf),
@@ -126,6 +128,7 @@ class DistillTask:
             self.lr,
             self.warmup,
             self.attention_loss_weight,
+            self.loss_temperature,
             self.average,
             self.gradient_checkpointing,
             self.checkpoint_minutes,
