@@ -153,18 +153,17 @@ def own_parameters(draft: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {n: p for n, p in draft.named_parameters() if not any(part in SHARED for part in n.split("."))}
 
 
-def start_from(draft: PreTrainedModel, directory: str) -> None:
-    """Take the weights of an earlier draft of the same shape."""
+def earlier_weights(directory: str) -> dict[str, Tensor]:
+    """Of a draft, or of the checkpoint in the output_dir of an earlier run, which has the head mixture too."""
+    path = Path(directory).expanduser()
     try:
-        weights = load_file(Path(directory).expanduser() / "model.safetensors")
+        if not (path / "checkpoint.safetensors").exists():
+            return {name: w for name, w in load_file(path / "model.safetensors").items() if name != IDS_KEY}
+        kept = load_file(path / "checkpoint.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"task.start_from={directory} cannot be read ({error}); give a draft's directory.") from error
-    own = own_parameters(draft)
-    weights.pop(IDS_KEY, None)
-    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in own.items()}:
-        raise UserError(f"task.start_from={directory} has other layers than task.layers asks for; leave it out.")
-    for name, parameter in own.items():
-        parameter.data.copy_(weights[name])
+    means = {name.removeprefix("average."): w for name, w in kept.items() if name.startswith("average.")}
+    return means | {"mixture": kept["parameter.mixture"]}
 
 
 class Trainer:
@@ -188,6 +187,17 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.averages = {name: p.detach().clone() for name, p in own.items()}
         self.steps, self.step = curriculum.steps, 0
+
+    def start_from(self, directory: str) -> None:
+        """Take the weights of an earlier draft of the same layers."""
+        weights = earlier_weights(directory)
+        own = {name: p for name, p in self.parameters.items() if name in weights or name != "mixture"}
+        if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in own.items()}:
+            raise UserError(f"task.start_from={directory} has other layers than task.layers asks for; leave it out.")
+        for name, parameter in own.items():
+            parameter.data.copy_(weights[name])
+        for name, mean in self.averages.items():
+            mean.copy_(weights[name])
 
     @property
     def tokens(self) -> int:

@@ -16,7 +16,6 @@ from specsmallkv.distill import (
     busiest_layers,
     export,
     own_parameters,
-    start_from,
     train,
 )
 from specsmallkv.distill_data import Lessons, cut_conversations, cut_text
@@ -180,12 +179,22 @@ def test_the_mean_of_the_weights_is_what_is_exported(tmp_path):
     a_trainer = run(trainer(head=HEAD), 5)
     export(a_trainer, tmp_path, {"shares_embeddings": True})
     later = trainer(head=HEAD)
-    start_from(later.draft, str(tmp_path))
+    later.start_from(str(tmp_path))
     for name, mean in a_trainer.averages.items():
         assert torch.equal(later.parameters[name], mean.bfloat16().float())
         assert not torch.equal(mean, a_trainer.parameters[name])
     with pytest.raises(UserError, match="other layers"):
-        start_from(trainer(layers=[0]).draft, str(tmp_path))
+        trainer(layers=[0]).start_from(str(tmp_path))
+
+
+def test_a_later_run_goes_on_from_the_mean_and_the_mixture_of_an_earlier_one(tmp_path):
+    earlier = run(trainer(), 5)
+    earlier.save(tmp_path / "checkpoint.safetensors")
+    later = trainer(lr=1e-4, head=HEAD)
+    later.start_from(str(tmp_path))
+    assert later.step == 0 and torch.equal(later.mixture, earlier.mixture)
+    for name, mean in earlier.averages.items():
+        assert torch.equal(later.parameters[name], mean) and torch.equal(later.averages[name], mean)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..display import Display
-from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, start_from, train
+from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, train
 from ..distill_data import Lessons, cut_conversations, cut_text
 from ..distill_report import agreement, answer_agreement, curve_svg
 from ..distill_text import sample_batch
@@ -91,9 +91,9 @@ class DistillTask:
         settings = self._settings(config.seed, self._layers(pair, texts[0]))
         talks = self._conversations(pair, output / "answers.jsonl", config.seed, display) if self.prompts_file else []
         draft = build_draft(pair.target, settings.layers, self._head(pair, texts + talks))
-        if self.start_from is not None:
-            start_from(draft, self.start_from)
         trainer = Trainer(pair.target, draft, self._curriculum(pair, texts, talks, output, settings), settings)
+        if self.start_from is not None:
+            trainer.start_from(self.start_from)
         checkpoint = output / "checkpoint.safetensors"
         if self.resume and checkpoint.exists():
             trainer.load(checkpoint)
