@@ -168,12 +168,13 @@ class DistillTask:
         plain = (1 - long_share) * (1 - (self.answers_share if talks else 0.0))
         wanted = self.tokens / self.repeats
 
-        def lessons(ids: Tensor) -> Lessons:
-            keep = output / "target" / fingerprint(pair.target) if self.repeats > 1 else None
+        def lessons(ids: Tensor, repeats: float = math.inf) -> Lessons:
+            keep = output / "target" / fingerprint(pair.target) if repeats > 1 else None
             return Lessons(ids, pair.target, keep, self.attention_loss_weight > 0)
 
         def pieces(length: int, share: float) -> Lessons | None:
-            return lessons(cut_text(run, length, max(1, round(wanted * share / length)))) if share else None
+            count = max(1, round(wanted * share / length))
+            return lessons(cut_text(run, length, count), self.repeats) if share else None
 
         text = pieces(self.seq_len, plain or 1e-9)
         assert text is not None
