@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+PRIOR_SHARE, PRIOR_RANK = 0.2, 1000  # weight of the prior beside one kind of texts; ids below about so many are alike
 IDS_KEY = "head_token_ids"  # beside the weights of a draft whose head is trimmed
 
 
@@ -34,10 +35,18 @@ def trim_head(model: PreTrainedModel, token_ids: Tensor) -> None:
     model.set_output_embeddings(TrimmedHead(model.get_output_embeddings().weight, token_ids))
 
 
-def frequent_tokens(texts: list[list[int]], count: int, vocab_size: int, always: set[int]) -> Tensor:
-    """(count,) sorted ids: `always`, then the most frequent ones; of equally frequent ones the lower, as BPE ranks."""
-    seen = torch.zeros(vocab_size, dtype=torch.long)
-    for ids in texts:
-        seen += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab_size)
-    seen[list(always)] = torch.iinfo(torch.long).max
-    return seen.argsort(descending=True, stable=True)[:count].sort().values
+def frequent_tokens(kinds: list[list[list[int]]], count: int, vocab_size: int, always: set[int]) -> Tensor:
+    """(count,) sorted ids: `always`, then the most frequent ones of several kinds of texts, which weigh alike.
+
+    BPE numbers its tokens in the order in which it merged them, the common ones first: a prior that falls with the id
+    ranks what the texts hold rarely or never.
+    """
+    prior = 1 / (torch.arange(vocab_size, dtype=torch.double) + PRIOR_RANK)
+    share = PRIOR_SHARE * prior / prior.sum()
+    for texts in kinds:
+        seen = torch.zeros(vocab_size, dtype=torch.double)
+        for ids in texts:
+            seen += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab_size)
+        share += seen / seen.sum().clamp_min(1)
+    share[list(always)] = torch.inf
+    return share.argsort(descending=True, stable=True)[:count].sort().values

@@ -55,6 +55,8 @@ def test_sampling_from_a_target_with_more_tokens_stays_exact():
 
 
 def test_the_most_frequent_tokens_are_chosen_and_special_ones_always():
-    texts = [[7, 7, 7, 2, 2], [9, 2, 9, 4]]
-    assert frequent_tokens(texts, 3, 12, always={11}).tolist() == [2, 7, 11]
-    assert frequent_tokens(texts, 7, 12, always={11}).tolist() == [0, 1, 2, 4, 7, 9, 11]
+    text, answers = [[7] * 70, [2] * 40, [9] * 3], [[5, 5, 2]]
+    assert frequent_tokens([text], 3, 12, always={11}).tolist() == [2, 7, 11]
+    assert frequent_tokens([text, answers], 4, 12, always={11}).tolist() == [2, 5, 7, 11]  # kinds count alike
+    assert frequent_tokens([text], 6, 12, always={11}).tolist() == [0, 1, 2, 7, 9, 11]  # then the lowest ids
+    assert frequent_tokens([text, []], 3, 12, always=set()).tolist() == [2, 7, 9]

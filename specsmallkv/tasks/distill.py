@@ -90,7 +90,7 @@ class DistillTask:
         texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
         settings = self._settings(config.seed, self._layers(pair, texts[0]))
         talks = self._conversations(pair, output / "answers.jsonl", config.seed, display) if self.prompts_file else []
-        draft = build_draft(pair.target, settings.layers, self._head(pair, texts + talks))
+        draft = build_draft(pair.target, settings.layers, self._head(pair, [texts, talks]))
         trainer = Trainer(pair.target, draft, self._curriculum(pair, texts, talks, output, settings), settings)
         if self.start_from is not None:
             trainer.start_from(self.start_from)
@@ -135,8 +135,8 @@ class DistillTask:
             seed,
         )
 
-    def _head(self, pair: ModelPair, texts: list[list[int]]) -> Tensor | None:
-        """Which tokens the draft can propose: special ones and the most frequent."""
+    def _head(self, pair: ModelPair, kinds: list[list[list[int]]]) -> Tensor | None:
+        """Which tokens the draft can propose: special ones and the most frequent of texts and of conversations."""
         vocab_size = pair.target.config.vocab_size
         if self.head_tokens is None or self.head_tokens >= vocab_size:
             return None
@@ -146,7 +146,7 @@ class DistillTask:
             raise UserError(
                 f"task.head_tokens={self.head_tokens} is below the {len(always)} special tokens; raise it."
             )
-        return frequent_tokens(texts, self.head_tokens, vocab_size, always)
+        return frequent_tokens(kinds, self.head_tokens, vocab_size, always)
 
     def _facts(self, config: RunConfig, pair: ModelPair, layers: list[int]) -> dict[str, object]:
         return {
