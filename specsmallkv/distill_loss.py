@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -46,20 +46,30 @@ def recording_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def hidden_states(model: PreTrainedModel, ids: Tensor, recorder: RowRecorder | None = None) -> Tensor:
+    """What the head reads, (B, T, d). The residual stream has the layers' own precision, also under autocast."""
+    embedded = model.get_input_embeddings()(ids).to(next(model.base_model.layers.parameters()).dtype)
+    return model.base_model(inputs_embeds=embedded, use_cache=False, row_recorder=recorder).last_hidden_state
+
+
 AttentionInterface.register(NAME, recording_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class LogitDivergence(torch.autograd.Function):
-    """Mean KL(target || draft) over positions and the share of equal argmax.
+    """Mean KL(target || draft) over positions and the share of equal argmax, over the tokens that `head` has rows for.
 
+    With a trimmed head both distributions are renormalised on its tokens: elsewhere the draft's probability is 0 by
+    construction, and no hidden state could change that.
     The head is frozen, so the gradient towards the draft's hidden states is known in the forward pass,
     (draft - target) @ head, and no (positions, V) tensor outlives its chunk.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, target_hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden, target_hidden (N, d), head (V, d)"""
+    def forward(
+        ctx: Any, hidden: Tensor, target_hidden: Tensor, head: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """hidden, target_hidden (N, d), head (V, d). temperature: of both; below 1 the likeliest tokens count more."""
         gradient = torch.empty_like(hidden)
         total, agreed = hidden.new_zeros(2, dtype=torch.float32).unbind()
         for start in range(0, len(hidden), CHUNK):
@@ -67,16 +77,16 @@ class LogitDivergence(torch.autograd.Function):
             drafted = (hidden[part].to(head.dtype) @ head.T).float()
             wanted = (target_hidden[part].to(head.dtype) @ head.T).float()
             agreed = agreed + (drafted.argmax(-1) == wanted.argmax(-1)).sum()
-            drafted, wanted = drafted.log_softmax(-1), wanted.log_softmax(-1)
+            drafted, wanted = (drafted / temperature).log_softmax(-1), (wanted / temperature).log_softmax(-1)
             probability = wanted.exp()
             total = total + (probability * wanted.sub_(drafted)).sum()
             gradient[part] = (drafted.exp_().sub_(probability)).to(head.dtype) @ head
-        ctx.save_for_backward(gradient / len(hidden))
+        ctx.save_for_backward(gradient / (temperature * len(hidden)))
         return total / len(hidden), agreed / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0] * loss_gradient, None, None
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * loss_gradient, None, None, None
 
 
 def predict_rows(mixture: Tensor, draft_rows: Tensor) -> Tensor:

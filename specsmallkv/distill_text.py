@@ -1,9 +1,4 @@
-"""Training text of a distilled draft: answers sampled from the target, and texts packed into one token stream.
-
-Knows nothing about losses or optimisers: texts and prompts go in, token ids come out.
-"""
-
-import hashlib
+"""The target's own answers, which a distilled draft is trained on: prompts go in, token ids come out."""
 
 import torch
 from torch import Tensor
@@ -79,21 +74,3 @@ def append_token(answer: list[int], token: int, eos: set[int]) -> bool:
         return False
     answer.append(token)
     return token not in eos
-
-
-class TokenStream:
-    """Texts joined to one run of token ids, cut at random into training sequences."""
-
-    def __init__(self, texts: list[list[int]], aligned: bool):
-        """aligned: every sequence begins where one of the texts begins, as a conversation does."""
-        self.ids = torch.tensor([token for text in texts for token in text], dtype=torch.int32)
-        lengths = torch.tensor([0, *map(len, texts)])
-        self.starts = lengths.cumsum(0)[:-1] if aligned else None
-        self.digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:16]
-
-    def sequence(self, length: int, generator: torch.Generator) -> Tensor:
-        """(length,) ids; what runs over the end goes on at the beginning."""
-        choices = len(self.ids) if self.starts is None else len(self.starts)
-        pick = int(torch.randint(choices, (), generator=generator))
-        start = pick if self.starts is None else int(self.starts[pick])
-        return self.ids[(start + torch.arange(length)) % len(self.ids)].long()

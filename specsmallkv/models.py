@@ -29,6 +29,7 @@ from .placement import DeviceMap, device_map, empty_model
 from .saved_map import load_head_map
 from .sources import check_weights, model_class, read_config, resolve, typed_config
 from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
+from .trimmed_head import IDS_KEY, trim_head
 
 DRAFT_KEY = "specsmallkv_draft"  # in the config.json of a draft that `task=distill` wrote
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # model, tokenizer, origin
@@ -242,6 +243,7 @@ def _load_sharing_embeddings(
         raise UserError(f"the weights of {source} cannot be loaded ({error}); fetch them again.") from error
     for name in ("get_input_embeddings", "get_output_embeddings"):
         getattr(model, name)().weight = getattr(target, name)().weight
+    head_token_ids = weights.pop(IDS_KEY, None)
     own = {name: weight.to(dtype) for name, weight in weights.items()}
     left, unknown = model.load_state_dict(own, strict=False, assign=True)
     _refuse_incomplete([name for name in left if model.get_parameter(name).is_meta], source)
@@ -249,6 +251,8 @@ def _load_sharing_embeddings(
         raise UserError(f"{source} has unexpected weights such as {unknown[0]}; distil it again with task=distill.")
     # Its buffers are computed, not stored, and still lie on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    if head_token_ids is not None:
+        trim_head(model, head_token_ids)
     return _freeze(model)
 
 

@@ -1,13 +1,24 @@
 """A distilled draft: losses, exact resume, what is saved, and the target's own answers."""
 
 import dataclasses
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from conftest import tiny_model
 from safetensors import safe_open
 
-from specsmallkv.distill import Settings, Trainer, agreement, build_draft, export, own_parameters, train
+from specsmallkv.distill import (
+    Curriculum,
+    Settings,
+    Trainer,
+    build_draft,
+    busiest_layers,
+    export,
+    own_parameters,
+    train,
+)
+from specsmallkv.distill_data import Lessons, cut_conversations, cut_text
 from specsmallkv.distill_loss import (
     LogitDivergence,
     RowRecorder,
@@ -15,20 +26,39 @@ from specsmallkv.distill_loss import (
     attention_recall,
     initial_mixture,
 )
-from specsmallkv.distill_text import TokenStream, sample_batch, sample_tokens
+from specsmallkv.distill_report import agreement, answer_agreement, curve_svg
+from specsmallkv.distill_text import sample_batch, sample_tokens
 from specsmallkv.errors import UserError
 
-SETTINGS = Settings(layers=[0, 2], tokens=6 * 64, seq_len=16, batch_size=4, checkpoint_minutes=0.0, seed=3)
+SETTINGS = Settings(
+    layers=[0, 2], tokens=6 * 64, batch_size=4, long_every=4, checkpoint_minutes=0.0, average=0.9, seed=3
+)
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+HEAD = torch.arange(0, 96, 2)  # token ids of a trimmed head
 
 
-def streams() -> list[TokenStream]:
-    ids = torch.randint(0, 96, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    return [TokenStream([ids], aligned=False), TokenStream([ids[:40], ids[60:90]], aligned=True)]
+def token_ids(count: int = 500) -> list[int]:
+    return torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def trainer(architecture: str = "llama", **changes) -> Trainer:
-    return Trainer(tiny_model(architecture, seed=1), streams(), dataclasses.replace(SETTINGS, **changes))
+def curriculum(target, settings: Settings, directory=None) -> Curriculum:
+    ids = token_ids()
+    talks = [ids[i : i + 11] for i in range(0, 200, 11)]
+    cut = (cut_text(ids, 16, 9), cut_conversations(talks, 16), cut_text(ids, 64, 3))
+    text, answers, long = (Lessons(part, target, directory, settings.attention_loss_weight > 0) for part in cut)
+    return Curriculum(text, answers, long, settings)
+
+
+def trainer(architecture: str = "llama", directory=None, head=None, **changes) -> Trainer:
+    settings, target = dataclasses.replace(SETTINGS, **changes), tiny_model(architecture, seed=1)
+    draft = build_draft(target, settings.layers, head)
+    return Trainer(target, draft, curriculum(target, settings, directory), settings)
+
+
+def measured(a_trainer: Trainer) -> dict[str, float]:
+    lessons = a_trainer.curriculum.text
+    ids, wanted = lessons.read([0, 1, 2])
+    return {name: value.item() for name, value in a_trainer.losses(ids, lessons.positions, wanted).items()}
 
 
 def run(a_trainer: Trainer, steps: int) -> Trainer:
@@ -41,14 +71,56 @@ def assert_equal_state(left: Trainer, right: Trainer) -> None:
     assert left.step == right.step
     for name, parameter in left.parameters.items():
         assert torch.equal(parameter, right.parameters[name]), name
+    for name, mean in left.averages.items():
+        assert torch.equal(mean, right.averages[name]), name
 
 
-def test_killed_and_resumed_training_ends_with_the_same_weights(tmp_path):
-    straight = run(trainer(), 6)
-    run(trainer(), 3).save(tmp_path / "checkpoint.safetensors")
-    resumed = trainer()
+@pytest.mark.parametrize("kept", [False, True])
+def test_killed_and_resumed_training_ends_with_the_same_weights(tmp_path, kept):
+    straight = run(trainer(directory=tmp_path / "straight" if kept else None, head=HEAD), 6)
+    killed = tmp_path / "killed" if kept else None
+    run(trainer(directory=killed, head=HEAD), 3).save(tmp_path / "checkpoint.safetensors")
+    resumed = trainer(directory=killed, head=HEAD)
     resumed.load(tmp_path / "checkpoint.safetensors")
     assert_equal_state(straight, run(resumed, 3))
+
+
+def test_what_the_target_said_is_read_from_disk_and_not_computed_again(tmp_path, monkeypatch):
+    first = run(trainer(directory=tmp_path), 6)
+    again = trainer(directory=tmp_path)
+    monkeypatch.setattr(Lessons, "_ask", lambda *_: pytest.fail("the target was asked again"))
+    assert_equal_state(first, run(again, 6))
+
+
+def test_what_was_kept_without_rows_is_not_taken_for_rows(tmp_path):
+    run(trainer(directory=tmp_path, attention_loss_weight=0.0), 6)
+    assert_equal_state(run(trainer(directory=tmp_path), 6), run(trainer(), 6))
+
+
+def test_gradient_checkpointing_changes_no_weight():
+    assert_equal_state(run(trainer(), 4), run(trainer(gradient_checkpointing=True), 4))
+
+
+def test_every_sequence_is_read_before_any_comes_again_and_shares_are_kept():
+    a_trainer = trainer(answers_share=0.25)
+    lessons = a_trainer.curriculum
+    short = [group for step in range(16) if step % 4 != 3 for group in lessons.lesson(step)]
+    plain = [i for kind, picks in short if kind is lessons.text for i in picks]
+    assert sorted(plain[:9]) == sorted(plain[9:18]) == list(range(9))
+    assert sum(len(picks) for kind, picks in short if kind is lessons.answers) == 12
+    assert [len(ids) for ids in (lessons.read(step)[0] for step in (0, 3))] == [4, 1]
+    assert lessons.tokens(4) == 4 * 64
+
+
+def test_conversations_are_cut_where_they_begin():
+    talks = [[1, 0, 0], [2, 0, 0, 0], [3, 0], [4, 0, 0, 0, 0, 0, 0]]
+    assert cut_conversations(talks, 5).tolist() == [[1, 0, 0, 2, 0], [2, 0, 0, 0, 3], [3, 0, 4, 0, 0], [4, 0, 0, 0, 0]]
+    assert cut_conversations(talks, 50).shape == (0, 50)
+
+
+def test_text_is_cut_evenly_over_its_length():
+    assert cut_text(list(range(100)), 10, 4).tolist()[0][0] == 0 and cut_text(list(range(100)), 10, 4)[-1, 0] == 90
+    assert cut_text(list(range(5)), 10, 4).shape == (0, 10)
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -80,28 +152,79 @@ def test_training_to_the_end_checkpoints_and_reports_every_step(tmp_path):
     assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 6
 
 
-def test_training_brings_both_losses_down():
-    a_trainer = trainer(tokens=80 * 64, lr=3e-3)
-    ids, positions = streams()[0].ids[:64].long().view(4, 16), torch.arange(4, 15)
-    before = {name: value.item() for name, value in a_trainer.losses(ids, positions).items()}
+@pytest.mark.parametrize("head", [None, HEAD])
+def test_training_brings_both_losses_down(head):
+    a_trainer = trainer(tokens=80 * 64, lr=3e-3, head=head)
+    before = measured(a_trainer)
     run(a_trainer, 80)
-    after = {name: value.item() for name, value in a_trainer.losses(ids, positions).items()}
+    after = measured(a_trainer)
     assert after["kl"] < 0.7 * before["kl"] and after["attention"] < 0.9 * before["attention"]
 
 
 def test_a_higher_attention_weight_gives_a_better_oracle():
-    ids, positions = streams()[0].ids[:64].long().view(4, 16), torch.arange(4, 15)
-    results = []
-    for weight in (1e-6, 5.0):
-        a_trainer = run(trainer(tokens=60 * 64, lr=3e-3, attention_loss_weight=weight), 60)
-        results.append(a_trainer.losses(ids, positions)["attention"].item())
+    results = [
+        measured(run(trainer(tokens=60 * 64, lr=3e-3, attention_loss_weight=weight), 60))["attention"]
+        for weight in (1e-6, 5.0)
+    ]
     assert results[1] < results[0]
+
+
+def test_the_mean_follows_the_weights_the_closer_the_younger_it_is():
+    start, moved = own_parameters(trainer().draft), run(trainer(), 1)
+    for name, mean in moved.averages.items():
+        torch.testing.assert_close(mean, start[name].detach().lerp(moved.parameters[name].detach(), 0.9))
+
+
+def test_the_mean_of_the_weights_is_what_is_exported(tmp_path):
+    a_trainer = run(trainer(head=HEAD), 5)
+    export(a_trainer, tmp_path, {"shares_embeddings": True})
+    later = trainer(head=HEAD)
+    later.start_from(str(tmp_path))
+    for name, mean in a_trainer.averages.items():
+        assert torch.equal(later.parameters[name], mean.bfloat16().float())
+        assert not torch.equal(mean, a_trainer.parameters[name])
+    with pytest.raises(UserError, match="other layers"):
+        trainer(layers=[0]).start_from(str(tmp_path))
+
+
+def test_a_later_run_goes_on_from_the_mean_and_the_mixture_of_an_earlier_one(tmp_path):
+    earlier = run(trainer(), 5)
+    earlier.save(tmp_path / "checkpoint.safetensors")
+    later = trainer(lr=1e-4, head=HEAD)
+    later.start_from(str(tmp_path))
+    assert later.step == 0 and torch.equal(later.mixture, earlier.mixture)
+    for name, mean in earlier.averages.items():
+        assert torch.equal(later.parameters[name], mean) and torch.equal(later.averages[name], mean)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_draft_of_all_layers_is_the_target(architecture):
     target = tiny_model(architecture, seed=1)
     assert agreement(target, build_draft(target, [0, 1, 2]), torch.arange(32).view(2, 16)) == 1.0
+
+
+def test_a_draft_agrees_with_the_answers_that_it_would_have_written():
+    target, prompts = tiny_model(seed=1), [[5, 6, 7], [8, 9]]
+    answers = sample_batch(target, prompts, [0.0, 0.0], 6, {95}, torch.Generator())
+    assert answer_agreement(target, prompts, answers) == 1.0
+    changed = [[(token + 1) % 96 for token in answer] for answer in answers]
+    assert answer_agreement(target, prompts, changed) < 0.5
+
+
+def test_a_layer_that_does_nothing_is_not_among_the_busiest():
+    target = tiny_model(seed=1)
+    for projection in (target.model.layers[1].self_attn.o_proj, target.model.layers[1].mlp.down_proj):
+        torch.nn.init.zeros_(projection.weight)
+    assert busiest_layers(target, 2, torch.arange(30)[None]) == [0, 2]
+    assert not any(layer._forward_hooks for layer in target.model.layers)
+
+
+def test_the_picture_of_the_curve_is_well_formed():
+    svg = curve_svg([64 * step for step in range(1, 200)], [step / 400 for step in range(1, 200)])
+    points = ElementTree.fromstring(svg).findall("{*}polyline")[1].get("points").split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 50 and heights == sorted(heights, reverse=True)
+    assert "12,736 tokens" in svg
 
 
 def test_the_target_is_never_trained_and_never_saved(tmp_path):
@@ -116,14 +239,15 @@ def test_the_target_is_never_trained_and_never_saved(tmp_path):
     assert not any("embed_tokens" in name or "lm_head" in name for name in names)
 
 
-def test_chunked_divergence_equals_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_chunked_divergence_equals_the_plain_one(monkeypatch, temperature):
     monkeypatch.setattr("specsmallkv.distill_loss.CHUNK", 3)
     torch.manual_seed(0)
     hidden, target_hidden, head = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5), torch.randn(11, 5)
-    kl, same = LogitDivergence.apply(hidden, target_hidden, head)
+    kl, same = LogitDivergence.apply(hidden, target_hidden, head, temperature)
     kl.backward()
     copied = hidden.detach().clone().requires_grad_()
-    drafted, wanted = (copied @ head.T).log_softmax(-1), (target_hidden @ head.T).log_softmax(-1)
+    drafted, wanted = ((states @ head.T / temperature).log_softmax(-1) for states in (copied, target_hidden))
     plain = (wanted.exp() * (wanted - drafted)).sum(-1).mean()
     plain.backward()
     assert torch.allclose(kl, plain) and torch.allclose(hidden.grad, copied.grad, atol=1e-6)
@@ -156,16 +280,6 @@ def test_a_copied_layer_starts_by_predicting_its_own_heads():
     mixture = initial_mixture([0, 2], num_target_layers=3, num_heads=4)
     assert mixture.shape == (12, 8)
     assert mixture.argmax(-1)[[0, 3, 8, 11]].tolist() == [0, 3, 4, 7]
-
-
-def test_conversations_start_at_their_beginning_and_batches_follow_the_seed():
-    a_trainer, aligned = trainer(), streams()[1]
-    firsts = {int(aligned.sequence(5, torch.Generator().manual_seed(i))[0]) for i in range(20)}
-    assert firsts <= {int(aligned.ids[0]), int(aligned.ids[40])}
-    first, again = (a_trainer.batch(torch.Generator().manual_seed(7)) for _ in range(2))
-    assert torch.equal(first, again) and first.shape == (4, 16)
-    a_trainer.step = 3
-    assert a_trainer.batch(torch.Generator().manual_seed(7)).shape == (1, 64)
 
 
 def test_sampled_tokens_follow_the_softmax():

@@ -16,6 +16,7 @@ from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.models import ModelPair, fingerprint, load_draft, load_pair, load_target
 from specsmallkv.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
+from specsmallkv.trimmed_head import IDS_KEY
 
 CPU = torch.device("cpu")
 TARGET = "random:llama?layers=3&hidden=64&heads=4&kv_heads=2&seed=0"
@@ -376,6 +377,19 @@ def test_distilled_draft_computes_what_its_layers_say(dtype, distilled):
     pair.target.model.layers[1].self_attn.layer_idx = pair.target.config.num_hidden_layers = 1
     pair.target.config.num_hidden_layers = 2
     assert torch.equal(drafted, pair.target(ids).logits)
+
+
+def test_distilled_draft_with_a_trimmed_head_proposes_the_tokens_that_it_lists(distilled):
+    target, draft = distilled(tied=True)
+    whole = load_pair(pair_config(target, draft), need_draft=True)
+    ids = torch.arange(97, 130)
+    path = draft / "model.safetensors"
+    save_file(load_file(path) | {IDS_KEY: ids.int()}, path, {"format": "pt"})
+    trimmed = load_pair(pair_config(target, draft), need_draft=True)
+    expected, found = (pair.draft(ids[None]).logits for pair in (whole, trimmed))
+    assert torch.isfinite(found).sum(-1).eq(len(ids)).all()
+    torch.testing.assert_close(found[..., ids], expected[..., ids])
+    assert trimmed.draft_weight_bytes == whole.draft_weight_bytes + 4 * len(ids) * 64
 
 
 def test_distilled_draft_is_refused_for_another_target(distilled):

@@ -128,15 +128,18 @@ def test_ctrl_c_leaves_the_page_of_what_there_was(run, tmp_path, monkeypatch):
         *((f"task.{key}={value}", f"task.{key}={value} is not possible; give ") for key, value in [
             ("tokens", 0), ("seq_len", 1), ("batch_size", 0), ("long_every", -1), ("answers_share", 1.5), ("lr", 0.0),
             ("warmup", -0.1), ("attention_loss_weight", -1.0), ("temperature", -1.0), ("checkpoint_minutes", -1.0),
-            ("lr", float("nan")),
+            ("lr", float("nan")), ("repeats", 0), ("loss_temperature", 0.0), ("long_len", 1), ("average", 1.5),
         ]),
-        ("task.layers=[]", "task.layers=[] does not fit a target of 2 layers; name some of 0-1."),
-        ("task.layers=[2]", "task.layers=[2] does not fit a target of 2 layers; name some of 0-1."),
-        ("task.layers=[a]", "task.layers=['a'] does not fit a target of 2 layers; name some of 0-1."),
+        ("task.layers=[]", "task.layers=[] does not fit a target of 2 layers; name some of 0-1, or how many."),
+        ("task.layers=[2]", "task.layers=[2] does not fit a target of 2 layers; name some of 0-1, or how many."),
+        ("task.layers=[a]", "task.layers=['a'] does not fit a target of 2 layers; name some of 0-1, or how many."),
         ("task.text_files=[nope]", "task.text_files=nope does not exist; give the path of a text file."),
         ("task.text_files=[empty]", "task.text_files=empty is empty; put the text into it."),
         ("task.text_files=[]", "task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both."),
-        ("task.eval_text_file=short", "task.eval_text_file=short has only 2 tokens; give 512."),
+        ("task.eval_text_file=short", "task.eval_text_file=short is too short; give 512 tokens."),
+        ("task.layers=3", "task.layers=3 does not fit a target of 2 layers; name some of 0-1, or how many."),
+        ("task.head_tokens=1", "task.head_tokens=1 is below the "),
+        ("task.start_from=nope", "task.start_from=nope cannot be read ("),
         ("task.prompts_file=nope", "task.prompts_file=nope does not exist; give the path of a text file."),
         ("task.prompts_file=other", 'task.prompts_file=other line 1 is {"a": 1}; write {"prompt": ...}'),
         ("task.prompts_file=long", "task.prompts_file=long has no prompt below 320 tokens; give shorter ones."),
@@ -156,17 +159,15 @@ def test_distill_refuses_what_it_cannot_use(run, tmp_path, text_file, override, 
     assert err.startswith(sentence)
 
 
-def test_distill_resumes_its_answers_from_whole_batches_and_refuses_those_of_other_prompts(tmp_path):
-    prompts = [[number] for number in range(distill.ANSWER_BATCH + 3)]
-    lines = [json.dumps({"prompt_ids": prompt, "answer_ids": [1]}) + "\n" for prompt in prompts]
+def test_distill_keeps_answers_that_were_written_whole(tmp_path):
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(lines))
-    assert len(distill.read_answers(path, prompts)) == len(prompts)
-    path.write_text("".join(lines[:-1]) + lines[-1][:9])  # killed while it wrote the last line
-    assert len(distill.read_answers(path, prompts)) == distill.ANSWER_BATCH
-    assert path.read_text() == "".join(lines[: distill.ANSWER_BATCH])
-    with pytest.raises(UserError, match="holds answers to other prompts"):
-        distill.read_answers(path, prompts[1:])
+    lines = [json.dumps({"prompt_ids": [number], "answer_ids": [1, number]}) + "\n" for number in range(3)]
+    path.write_text("".join(lines)[:-5])  # killed while it wrote the last line
+    assert distill.read_answers(path) == {(0,): [1, 0], (1,): [1, 1]}
+    assert path.read_text() == "".join(lines[:2])
+    path.write_text("[]\n")
+    with pytest.raises(UserError, match="holds no answers"):
+        distill.read_answers(path)
 
 
 def test_a_damaged_checkpoint_is_one_sentence(run, tmp_path, text_file):

@@ -2,59 +2,75 @@
 
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ..config import RunConfig
 from ..display import Display
-from ..distill import Settings, Trainer, agreement, export, train
-from ..distill_text import TokenStream, sample_batch
+from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, train
+from ..distill_data import Lessons, cut_conversations, cut_text
+from ..distill_report import agreement, answer_agreement, curve_svg
+from ..distill_text import sample_batch
 from ..errors import UserError
 from ..models import ModelPair, fingerprint, load_pair
 from ..prompts import Request, read_requests_file, read_text
+from ..trimmed_head import frequent_tokens
 
-EVAL_LENGTH, EVAL_SEQUENCES = 512, 20
-PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 192, 64
+EVAL_LENGTH, EVAL_SEQUENCES, EVAL_ANSWER = 512, 20, 128
+MEASURED = 1024  # tokens on which layers are compared
+PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 208, 64
 
 
 @dataclass
 class DistillTask:
-    """text_files: UTF-8 texts. prompts_file: JSONL {"prompt": ...}, answered by the target once, into
-    output_dir/answers.jsonl. layers: target layers that the draft starts from. The rest as in distill.Settings;
-    eval_text_file: held-out text for the agreement. resume: go on from output_dir's checkpoint."""
+    """What the keys mean: conf/task/distill.yaml."""
 
     name: str
     text_files: list[str]
     prompts_file: str | None
     output_dir: str | None
-    layers: list[int]
+    layers: Any
+    head_tokens: int | None
+    start_from: str | None
     tokens: int
+    repeats: int
     seq_len: int
     batch_size: int
+    long_len: int
     long_every: int
     answers_share: float
     lr: float
     warmup: float
     attention_loss_weight: float
+    loss_temperature: float
+    average: float
+    gradient_checkpointing: bool
     temperature: float
     checkpoint_minutes: float
     eval_text_file: str | None
+    eval_prompts_file: str | None
     resume: bool
 
     def __post_init__(self) -> None:
         rules = {
             "tokens": (1, math.inf),
+            "repeats": (1, math.inf),
             "seq_len": (2, math.inf),
             "batch_size": (1, math.inf),
+            "long_len": (2, math.inf),
             "long_every": (0, math.inf),
             "answers_share": (0, 1),
             "lr": (1e-12, 1),
             "warmup": (0, 1),
             "attention_loss_weight": (0, 1e6),
+            "loss_temperature": (1e-3, 1e3),
+            "average": (0, 1),
             "temperature": (0, 1e6),
             "checkpoint_minutes": (0, math.inf),
         }
@@ -71,22 +87,18 @@ class DistillTask:
         display = Display(config.quiet)
         with display.waiting("loading the model"):
             pair = load_pair(replace(config.model, linear="torch"), need_draft=False, quiet=config.quiet)
-        self._check_layers(pair.target.config.num_hidden_layers)
-        settings = self._settings(config.seed)
-        trainer = Trainer(pair.target, self._streams(pair, output, config.seed, display), settings)
+        texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
+        settings = self._settings(config.seed, self._layers(pair, texts[0]))
+        talks = self._conversations(pair, output / "answers.jsonl", config.seed, display) if self.prompts_file else []
+        draft = build_draft(pair.target, settings.layers, self._head(pair, [texts, talks]))
+        trainer = Trainer(pair.target, draft, self._curriculum(pair, texts, talks, output, settings), settings)
+        if self.start_from is not None:
+            trainer.start_from(self.start_from)
         checkpoint = output / "checkpoint.safetensors"
         if self.resume and checkpoint.exists():
             trainer.load(checkpoint)
-        facts = self._facts(config, pair)
-        train_with_progress(trainer, output, facts, display)
-        report: dict[str, Any] = {
-            "steps": trainer.step,
-            "tokens": trainer.step * settings.step_tokens,
-            "agreement": None,
-        }
-        if self.eval_text_file is not None:
-            report["agreement"] = self._agreement(pair, trainer)
-        (output / "report.json").write_text(json.dumps(report) + "\n")
+        train_with_progress(trainer, output, self._facts(config, pair, settings.layers), display)
+        report = self._report(pair, trainer, output)
         return {
             "model": config.model.name,
             "dtype": str(pair.target.dtype).removeprefix("torch."),
@@ -94,91 +106,159 @@ class DistillTask:
             "output_dir": str(output),
         } | report
 
-    def _check_layers(self, count: int) -> None:
-        if not self.layers or any(i not in range(count) for i in self.layers):
+    def _layers(self, pair: ModelPair, text: list[int]) -> list[int]:
+        """As named, or the given number of layers that do most on the beginning of the first text."""
+        count = pair.target.config.num_hidden_layers
+        if isinstance(self.layers, int) and 1 <= self.layers <= count:
+            return busiest_layers(pair.target, self.layers, torch.tensor([text[:MEASURED]], device=pair.target.device))
+        if isinstance(self.layers, int) or not self.layers or any(i not in range(count) for i in self.layers):
             raise UserError(
-                f"task.layers={self.layers} does not fit a target of {count} layers; name some of 0-{count - 1}."
+                f"task.layers={self.layers} does not fit a target of {count} layers; name some of 0-{count - 1}, or "
+                f"how many."
             )
+        return list(self.layers)
 
-    def _settings(self, seed: int) -> Settings:
+    def _settings(self, seed: int, layers: list[int]) -> Settings:
         return Settings(
-            list(self.layers),
+            layers,
             self.tokens,
-            self.seq_len,
             self.batch_size,
             self.long_every,
-            self.answers_share if self.prompts_file else 0.0,
+            self.answers_share,
             self.lr,
             self.warmup,
             self.attention_loss_weight,
+            self.loss_temperature,
+            self.average,
+            self.gradient_checkpointing,
             self.checkpoint_minutes,
             seed,
         )
 
-    def _facts(self, config: RunConfig, pair: ModelPair) -> dict[str, object]:
+    def _head(self, pair: ModelPair, kinds: list[list[list[int]]]) -> Tensor | None:
+        """Which tokens the draft can propose: special ones and the most frequent of texts and of conversations."""
+        vocab_size = pair.target.config.vocab_size
+        if self.head_tokens is None or self.head_tokens >= vocab_size:
+            return None
+        special = {*pair.tokenizer.all_special_ids, *pair.tokenizer.added_tokens_decoder, *pair.eos_token_ids}
+        always = special & set(range(vocab_size))
+        if self.head_tokens < len(always):
+            raise UserError(
+                f"task.head_tokens={self.head_tokens} is below the {len(always)} special tokens; raise it."
+            )
+        return frequent_tokens(kinds, self.head_tokens, vocab_size, always)
+
+    def _facts(self, config: RunConfig, pair: ModelPair, layers: list[int]) -> dict[str, object]:
         return {
             "shares_embeddings": True,
             "target": config.model.target,
             "target_fingerprint": fingerprint(pair.target),
-            "target_layers": list(self.layers),
+            "target_layers": layers,
             "attention_loss_weight": self.attention_loss_weight,
             "seed": config.seed,
         }
 
-    def _streams(self, pair: ModelPair, output: Path, seed: int, display: Display) -> list[TokenStream]:
-        """Running text, and conversations of the target with itself."""
-        texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
-        streams = [TokenStream(texts, aligned=False)]
-        if self.prompts_file is not None:
-            streams.append(
-                TokenStream(self._conversations(pair, output / "answers.jsonl", seed, display), aligned=True)
-            )
-        return streams
+    def _curriculum(
+        self, pair: ModelPair, texts: list[list[int]], talks: list[list[int]], output: Path, settings: Settings
+    ) -> Curriculum:
+        """Running text is cut to so many pieces that each is read `repeats` times; all conversations are used."""
+        run = [token for ids in texts for token in ids]
+        per_cycle = (self.long_every - 1) * self.batch_size * self.seq_len if self.long_every else 1
+        long_share = self.long_len / (per_cycle + self.long_len) if self.long_every else 0.0
+        plain = (1 - long_share) * (1 - (self.answers_share if talks else 0.0))
+        wanted = self.tokens / self.repeats
+
+        def lessons(ids: Tensor, repeats: float = math.inf) -> Lessons:
+            keep = output / "target" / fingerprint(pair.target) if repeats > 1 else None
+            return Lessons(ids, pair.target, keep, self.attention_loss_weight > 0)
+
+        def pieces(length: int, share: float) -> Lessons | None:
+            count = max(1, round(wanted * share / length))
+            return lessons(cut_text(run, length, count), self.repeats) if share else None
+
+        text = pieces(self.seq_len, plain or 1e-9)
+        assert text is not None
+        if not len(text.ids):
+            raise UserError(f"task.text_files hold only {len(run)} tokens; give at least task.seq_len={self.seq_len}.")
+        long = pieces(self.long_len, long_share) if len(run) >= self.long_len else None
+        answers = cut_conversations(talks, self.seq_len)
+        return Curriculum(text, lessons(answers) if len(answers) else None, long, settings)
 
     def _conversations(self, pair: ModelPair, path: Path, seed: int, display: Display) -> list[list[int]]:
+        """Prompts and the target's own answers. Batches hold prompts of like length; a killed one is done again."""
         requests = read_requests_file("task.prompts_file", str(self.prompts_file), chat=None)
         prompts = [prompt for prompt in (encode_chat(pair, r) for r in requests) if len(prompt) < PROMPT_LIMIT]
         if not prompts:
             raise UserError(
                 f"task.prompts_file={self.prompts_file} has no prompt below {PROMPT_LIMIT} tokens; give shorter ones."
             )
-        done = read_answers(path, prompts)
-        with path.open("a") as file:
-            for start in range(len(done), len(prompts), ANSWER_BATCH):
-                batch = prompts[start : start + ANSWER_BATCH]
-                heat = [0.0 if i % 5 < 2 else self.temperature for i in range(len(batch))]
-                generator = torch.Generator().manual_seed(seed * 1000 + start)
-                answers = sample_batch(pair.target, batch, heat, ANSWER_TOKENS, pair.eos_token_ids, generator)
-                for prompt, answer in zip(batch, answers, strict=True):
-                    file.write(json.dumps({"prompt_ids": prompt, "answer_ids": answer}) + "\n")
-                    done.append({"prompt_ids": prompt, "answer_ids": answer})
-                file.flush()
-                display.console.print(f"{len(done)} of {len(prompts)} prompts answered")
-        return [row["prompt_ids"] + row["answer_ids"] for row in done]
+        done = read_answers(path)
+        prompts.sort(key=lambda ids: (len(ids), ids))
+        for start in range(0, len(prompts), ANSWER_BATCH):
+            batch = prompts[start : start + ANSWER_BATCH]
+            if all(tuple(prompt) in done for prompt in batch):
+                continue
+            heat = [0.0 if i % 5 < 2 else self.temperature for i in range(len(batch))]
+            generator = torch.Generator().manual_seed(seed * 1000 + start)
+            answers = sample_batch(pair.target, batch, heat, ANSWER_TOKENS, pair.eos_token_ids, generator)
+            rows = [{"prompt_ids": p, "answer_ids": a} for p, a in zip(batch, answers, strict=True)]
+            with path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            done |= {tuple(prompt): answer for prompt, answer in zip(batch, answers, strict=True)}
+            display.console.print(f"{min(start + ANSWER_BATCH, len(prompts))} of {len(prompts)} prompts answered")
+        return [prompt + done[tuple(prompt)] for prompt in shuffled(prompts, seed)]
+
+    def _report(self, pair: ModelPair, trainer: Trainer, output: Path) -> dict[str, Any]:
+        """`report.json` and `curve.svg`."""
+        trainer.use_averages()
+        report = {
+            "steps": trainer.step,
+            "tokens": trainer.tokens,
+            "agreement": self._agreement(pair, trainer) if self.eval_text_file else None,
+            "answer_agreement": self._answer_agreement(pair, trainer) if self.eval_prompts_file else None,
+        }
+        (output / "report.json").write_text(json.dumps(report) + "\n")
+        curve = read_curve(output / "curve.jsonl")
+        (output / "curve.svg").write_text(
+            curve_svg([int(p["tokens"]) for p in curve], [p["agreement"] for p in curve])
+        )
+        return report
 
     def _agreement(self, pair: ModelPair, trainer: Trainer) -> float:
-        ids = torch.tensor(tokens_of(pair, "task.eval_text_file", str(self.eval_text_file)))
-        count = min(EVAL_SEQUENCES, len(ids) // EVAL_LENGTH)
-        if not count:
-            raise UserError(
-                f"task.eval_text_file={self.eval_text_file} has only {len(ids)} tokens; give {EVAL_LENGTH}."
-            )
-        return agreement(pair.target, trainer.draft, ids[: count * EVAL_LENGTH].view(count, -1).to(pair.target.device))
+        """On pieces spread evenly over the held-out text."""
+        ids = cut_text(tokens_of(pair, "task.eval_text_file", str(self.eval_text_file)), EVAL_LENGTH, EVAL_SEQUENCES)
+        if not len(ids):
+            raise UserError(f"task.eval_text_file={self.eval_text_file} is too short; give {EVAL_LENGTH} tokens.")
+        return agreement(pair.target, trainer.draft, ids.long().to(pair.target.device))
+
+    def _answer_agreement(self, pair: ModelPair, trainer: Trainer) -> float:
+        requests = read_requests_file("task.eval_prompts_file", str(self.eval_prompts_file), chat=None)
+        prompts, answers = [encode_chat(pair, request) for request in requests], list[list[int]]()
+        for start in range(0, len(prompts), ANSWER_BATCH):
+            batch, greedy = prompts[start : start + ANSWER_BATCH], torch.Generator()
+            answers += sample_batch(pair.target, batch, [0.0] * len(batch), EVAL_ANSWER, pair.eos_token_ids, greedy)
+        return answer_agreement(trainer.draft, prompts, answers)
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """One point per step; a run that was killed and resumed wrote some steps twice."""
+    points = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return list({point["step"]: point for point in points}.values())
 
 
 def train_with_progress(trainer: Trainer, output: Path, facts: dict[str, object], display: Display) -> None:
     columns = (BarColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     with Progress(*columns, console=display.console) as progress:
-        bar = progress.add_task("", total=trainer.settings.steps, completed=trainer.step, shown="")
+        bar = progress.add_task("", total=trainer.steps, completed=trainer.step, shown="")
+        began, seen = time.monotonic(), trainer.tokens
 
         def on_step(step: int, losses: dict[str, float]) -> None:
-            speed = progress.tasks[0].speed or 0.0
-            shown = f"{speed * trainer.settings.step_tokens:.0f} tokens/s, KL {losses['kl']:.3f}, "
+            speed = (trainer.tokens - seen) / (time.monotonic() - began)
+            shown = f"{speed:.0f} tokens/s, KL {losses['kl']:.3f}, "
             progress.update(bar, completed=step, shown=shown + f"agreement {losses['agreement']:.3f}")
 
         def on_checkpoint() -> None:
-            seen = trainer.step * trainer.settings.step_tokens
-            export(trainer, output / "draft", facts | {"tokens": seen})
+            export(trainer, output / "draft", facts | {"tokens": trainer.tokens})
 
         train(trainer, output, on_step, on_checkpoint)
 
@@ -195,19 +275,23 @@ def encode_chat(pair: ModelPair, request: Request) -> list[int]:
     return pair.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def read_answers(path: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """The rows of an earlier run, in whole batches: a kill may have cut the last line, and a batch has one seed."""
+def shuffled(prompts: list[list[int]], seed: int) -> list[list[int]]:
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    return [prompts[i] for i in order.tolist()]
+
+
+def read_answers(path: Path) -> dict[tuple[int, ...], list[int]]:
+    """The answers of an earlier run; a kill may have cut the last line."""
     if not path.exists():
-        return []
+        return {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]
-    whole = len(lines) if len(lines) == len(prompts) else len(lines) // ANSWER_BATCH * ANSWER_BATCH
+    whole = [line for line in lines if line.endswith("\n")]
     try:
-        rows = [json.loads(line) for line in lines[:whole]]
-        same = [row["prompt_ids"] for row in rows] == prompts[:whole]
+        rows = [json.loads(line) for line in whole]
+        answers = {tuple(row["prompt_ids"]): row["answer_ids"] for row in rows}
     except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{path} holds answers to other prompts; remove it, or give another task.output_dir.")
-    path.write_text("".join(lines[:whole]), encoding="utf-8")
-    return rows
+        raise UserError(
+            f"{path} holds no answers of an earlier run; remove it or set another task.output_dir."
+        ) from None
+    path.write_text("".join(whole), encoding="utf-8")
+    return answers

@@ -1,0 +1,62 @@
+"""A head for some of the vocabulary: the same logits where it has rows, never a proposal elsewhere, exact decoding."""
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_model
+
+from specsmallkv.sampling import Sampler
+from specsmallkv.speculation import accept_sampled, match_vocabulary, propose
+from specsmallkv.trimmed_head import frequent_tokens, trim_head
+
+IDS = torch.tensor([3, 5, 40, 41, 95])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_logits_are_the_full_heads_where_it_has_rows_and_minus_infinity_elsewhere(architecture):
+    model, prompt = tiny_model(architecture), torch.arange(12)[None]
+    full = model(prompt).logits
+    trim_head(model, IDS)
+    trimmed = model(prompt).logits
+    assert trimmed.shape == full.shape
+    torch.testing.assert_close(trimmed[..., IDS], full[..., IDS])
+    outside = [i for i in range(VOCAB) if i not in IDS.tolist()]
+    assert trimmed[..., outside].eq(-torch.inf).all()
+    assert match_vocabulary(trimmed, VOCAB + 8).shape[-1] == VOCAB + 8
+
+
+def test_the_embeddings_keep_every_token():
+    model = tiny_model()
+    trim_head(model, IDS)
+    assert len(model.get_input_embeddings().weight) == VOCAB and len(model.get_output_embeddings().weight) == len(IDS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_k": 3, "temperature": 0.01}])
+def test_a_token_without_a_row_is_never_proposed(settings):
+    model = tiny_model()
+    trim_head(model, IDS)
+    logits, generator = model(torch.arange(12)[None]).logits[0, -1], torch.Generator().manual_seed(0)
+    sampler = Sampler(**{"temperature": 1.5} | settings)
+    assert all(propose(logits, sampler, generator)[0] in IDS.tolist() for _ in range(200))
+    assert propose(logits, Sampler(), generator)[0] in IDS.tolist()
+
+
+def test_sampling_from_a_target_with_more_tokens_stays_exact():
+    """Half of the target's mass lies on tokens that the draft cannot propose."""
+    generator, runs = torch.Generator().manual_seed(0), 40_000
+    target = torch.tensor([0.3, 0.2, 0.25, 0.15, 0.1])
+    known = torch.full((5,), -torch.inf).index_copy_(0, torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
+    counts = torch.zeros(5)
+    for _ in range(runs):
+        token, distribution = propose(known, Sampler(temperature=1.0), generator)
+        accepted, following = accept_sampled([token], [distribution], torch.stack((target, target)), generator)
+        counts[token if accepted else following] += 1
+    chi_square = ((counts - runs * target) ** 2 / (runs * target)).sum()
+    assert chi_square < 18.5, f"chi-square with 4 degrees of freedom, p < 0.001: {chi_square}"
+
+
+def test_the_most_frequent_tokens_are_chosen_and_special_ones_always():
+    text, answers = [[7] * 70, [2] * 40, [9] * 3], [[5, 5, 2]]
+    assert frequent_tokens([text], 3, 12, always={11}).tolist() == [2, 7, 11]
+    assert frequent_tokens([text, answers], 4, 12, always={11}).tolist() == [2, 5, 7, 11]  # kinds count alike
+    assert frequent_tokens([text], 6, 12, always={11}).tolist() == [0, 1, 2, 7, 9, 11]  # then the lowest ids
+    assert frequent_tokens([text, []], 3, 12, always=set()).tolist() == [2, 7, 9]
