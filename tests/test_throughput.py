@@ -121,7 +121,7 @@ def test_what_cannot_be_measured_is_refused(override, problem, tmp_path):
 
 def test_acceptance_per_position_counts_only_rounds_that_drafted_so_far():
     rounds = [Round([1], 3, 0), Round([1, 2, 3], 3, 2), Round([1, 2], 1, 1)]
-    assert per_position(rounds) == [2 / 3, 1 / 2, 1 / 2]
+    assert per_position(rounds) == [2 / 3, 1 / 2, 0]
 
 
 def test_tokens_as_full_stops_at_the_first_difference():
