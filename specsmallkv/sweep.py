@@ -12,13 +12,13 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass
@@ -72,7 +72,8 @@ def count_points(config: DictConfig) -> int | None:
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     sizes: dict[str, int] = {}
-    for override in parser.parse_overrides([*given, *config.hydra.overrides.task]):
+    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # `${...}` is each point's own
+    for override in parser.parse_overrides([*given, *cast(list[str], typed)]):
         if override.is_sweep_override() and not override.is_discrete_sweep():
             return None
         values = override.sweep_string_iterator() if override.is_sweep_override() else [override]

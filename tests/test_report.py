@@ -26,7 +26,7 @@ def directory(tmp_path):
     """A sweep of two points, a failed one, a fidelity run at two budgets, and files that are no records."""
     fidelity = [
         {"policy": p, "kv_budget": b, "kl_mean": k, "text": t, "rows": "drafted", "target_kv_bytes": 2**20}
-        for t, factor in (("a", 1), ("b", 3), ("mean", 2))
+        for t, factor in (("a", 1), ("b", 4), ("mean", 2))
         for p, b, k in (("snapkv", 0.1, 0.2 * factor), ("snapkv", 0.2, 0.1 * factor), ("oracle", 0.1, 0.01 * factor))
     ]
     files = {

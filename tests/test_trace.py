@@ -209,7 +209,7 @@ def open_in_browser(directory, page: str, width: int) -> tuple[str, str]:
 
 def test_the_page_of_a_long_prompt_stays_small(pair):
     """4,000 tokens, 30 layers of 3 heads and 60 rounds of sets that change as much as random ones can."""
-    from specsmallkv.page import MAX_MAP_BYTES, tier_map
+    from specsmallkv.page import tier_map
     from specsmallkv.trace import TierSets
 
     rng = np.random.default_rng(0)
@@ -217,8 +217,8 @@ def test_the_page_of_a_long_prompt_stays_small(pair):
     sets = [TierSets(rng.random((30, 3, 4000)) < 0.2, none, 4000, 4008) for _ in range(60)]
     started = time.process_time()
     packed = tier_map(sets)
-    assert len(packed["kept"]) <= MAX_MAP_BYTES
-    assert 1 < len(packed["heads"]) <= 90
+    assert len(packed["kept"]) < 3_000_000
+    assert 1 < len(packed["heads"]) < 90
     assert time.process_time() - started < 5
 
 
