@@ -291,9 +291,10 @@ def test_a_chain_of_variables_can_be_followed_to_all_its_names():
     value = re.search(r"assigned the value (\d+) in", made.question)[1]
     links = dict(re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", made.context))
     reached = [name for name, source in links.items() if source == value]
-    while len(reached) < len(links):
-        reached += [name for name, source in links.items() if source == reached[-1]]
-    assert reached == made.outputs and len(reached) == 5
+    for _ in range(4):  # each variable is the source of exactly one other
+        (following,) = [name for name, source in links.items() if source == reached[-1]]
+        reached.append(following)
+    assert reached == made.outputs and len(links) == 5
     assert f"5 variables are assigned the value {value}" in made.prefix
 
 
