@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +18,20 @@ from specsmallkv.benchmarks.ruler_make import common_words, frequent_words, vari
 from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
 from specsmallkv.presets import build, load_policy
 from specsmallkv.tasks.generate import load_generator
+from specsmallkv.tasks.systems import later_text, next_prompt
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1&context=16384"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1&context=16384"
 SMALL = {  # two examples each
     "gsm8k": {"num_examples": 2},
-    "bbh": {"num_examples": 1, "tasks": ["sports_understanding", "object_counting"]},
+    "bbh": {"num_examples": 1, "tasks": ["sports_understanding", "object_counting"], "query_aware": False},
     "longbench": {"num_examples": 1, "tasks": ["multifieldqa_en", "trec"]},
-    "ruler": {"num_examples": 1, "tasks": ["niah_multikey_1", "vt"], "length": 2400},
+    "ruler": {
+        "num_examples": 1,
+        "tasks": ["niah_multikey_1", "vt"],
+        "length": 2400,
+        "policies": ["h2o", "specsmallkv"],
+    },
     "mt_bench": {"num_examples": 1, "categories": ["stem", "humanities"]},
     "spec_bench": {"num_examples": 2, "categories": ["qa"], "baselines": ["full", "autoregressive"]},
 }
@@ -72,8 +79,9 @@ def test_every_answer_equals_a_run_of_its_own(tmp_path, name):
     for row in rows:
         example, budget = examples[row["example"]], {"kv_budget": 0.3} if row["policy"] != "full" else {}
         alone = SpecSmallKV(shared.pair, load_policy(row["policy"], **budget), 3)
-        ids, _ = shared.encode_parts(example.context, example.question, example.chat, example.prefix)
-        answer = alone.generate(ids, max_new_tokens=10, ignore_eos=True, stop=example.stop)
+        ids, border = shared.encode_parts(example.context, example.question, example.chat, example.prefix)
+        hidden = {} if getattr(task, "query_aware", True) else {"compress_after": border}
+        answer = alone.generate(ids, max_new_tokens=10, ignore_eos=True, stop=example.stop, **hidden)
         texts = [answer.text]
         for turn in example.turns:
             said = shared.pair.tokenizer(f"<|im_end|>\n<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")
@@ -85,6 +93,22 @@ def test_every_answer_equals_a_run_of_its_own(tmp_path, name):
     assert [row["total"] for row in record["results"]] == [2] * len(record["results"])
     assert record["policy"] == "specsmallkv" and record["kv_budget_effective"] < 0.5
     check_own_keys(name, record)
+
+
+def test_a_next_turn_begins_behind_the_last_answer_whether_it_ended_by_itself_or_not(spec):
+    """An end-of-sequence token is read with the template's text, any other last token stays."""
+    end, tokenizer = min(spec.pair.eos_token_ids), spec.pair.tokenizer
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "So"},
+        {"role": "user", "content": "?"},
+    ]
+    before, text = spec.render(talk[:1])[0], spec.render(talk)[0]
+    said = tokenizer(before + "So", add_special_tokens=False)["input_ids"]
+    for tokens in (said, [*said, end]):
+        ids = next_prompt(spec, SimpleNamespace(tokens=tokens), later_text(spec, talk, None))
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert later_text(spec, talk, False) == "\n\n?\n\n"
 
 
 def check_own_keys(name, record):
@@ -267,9 +291,10 @@ def test_a_chain_of_variables_can_be_followed_to_all_its_names():
     value = re.search(r"assigned the value (\d+) in", made.question)[1]
     links = dict(re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", made.context))
     reached = [name for name, source in links.items() if source == value]
-    while len(reached) < len(links):
-        reached += [name for name, source in links.items() if source == reached[-1]]
-    assert reached == made.outputs and len(reached) == 5
+    for _ in range(4):  # each variable is the source of exactly one other
+        (following,) = [name for name, source in links.items() if source == reached[-1]]
+        reached.append(following)
+    assert reached == made.outputs and len(links) == 5
     assert f"5 variables are assigned the value {value}" in made.prefix
 
 

@@ -95,7 +95,8 @@ def test_qa_f1(prediction, truth, score):
         ("the cat", "the cat sat", 0.8),  # LCS 2: precision 1, recall 2/3
         ("sat cat the", "the cat sat", 1 / 3),  # order counts: LCS 1
         ("The cat", "the cat", 0.5),  # case counts
-        ("the the the", "the", 1),  # equal words count once
+        ("the the the", "the", 1),  # equal words count once, in both
+        ("the cat", "the the cat", 1),
         ("dog. the cat", "the cat. dog", 1),  # each reference sentence takes from all of ours
         ("a b c d", "b d x", 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3)),
         ("the  cat\nsat", "the cat sat", 1),  # white space

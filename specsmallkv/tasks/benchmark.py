@@ -26,6 +26,7 @@ from .grid import neediest, policy_grid
 from .systems import BASELINES, DRAFT_ALONE, System, chat_of, limit_of, make_systems, read_once
 
 Prompts = list[tuple[list[int], int]]  # ids, and how many of them are read before compression
+TURN_ROOM = 64  # tokens that a chat template may put around a later turn
 ROWS_FILE = "examples.jsonl"  # in the run directory
 
 
@@ -97,7 +98,7 @@ class Benchmark(ABC):
         for example in examples:
             chat = chat_of(example, config)
             ids, border = spec.encode_parts(example.context, example.question, chat, example.prefix)
-            spec.check_length(ids, limit_of(example, config))
+            spec.check_length(ids, most_tokens(spec, example, config))
             prompts.append((ids, self.compress_after(ids, border)))
         if not prompts:
             raise UserError("There is no example to ask; give a task.data_path with rows.")
@@ -129,6 +130,12 @@ class ContextBenchmark(Benchmark):
 
     def compress_after(self, ids: list[int], border: int) -> int:
         return len(ids) if self.query_aware else border
+
+
+def most_tokens(spec: SpecSmallKV, example: Example, config: RunConfig) -> int:
+    """What may follow a prompt: an answer to each turn, the later turns and their part of the chat template."""
+    later = sum(len(spec.pair.tokenizer(turn)["input_ids"]) + TURN_ROOM for turn in example.turns)
+    return limit_of(example, config) * (1 + len(example.turns)) + later
 
 
 def rows_path(config: RunConfig) -> Path:

@@ -42,12 +42,13 @@ def compared(
     figures: Figures, full: Figures | None, plain: Figures | None, group: str | None = None
 ) -> dict[str, Any]:
     """Totals of all examples or of one group, with what pairs of systems tell."""
-    count, wanted = len(figures), [i for i, f in enumerate(figures) if group is None or f["group"] == group]
+    wanted = [i for i, f in enumerate(figures) if group is None or f["group"] == group]
     row = totals([figures[i] for i in wanted])
-    if full is not None and full is not figures and len(full) >= count:
-        row |= beside_full([figures[i] for i in wanted], [full[i] for i in wanted])
-    if plain is not None and plain is not figures and len(plain) >= count:
-        speed = totals([plain[i] for i in wanted])["decode_tokens_per_second"]
+    if full is not None and full is not figures:
+        both = [i for i in wanted if i < len(full)]  # after Ctrl-C it may lack the last
+        row |= beside_full([figures[i] for i in both], [full[i] for i in both])
+    if plain is not None and plain is not figures:
+        speed = totals([plain[i] for i in wanted if i < len(plain)])["decode_tokens_per_second"]
         own = row["decode_tokens_per_second"]
         row["speedup"] = own / speed if own and speed else None
     return row
