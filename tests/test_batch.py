@@ -174,7 +174,6 @@ def test_a_stop_string_ends_one_row_of_a_batch_only(spec):
     stop = next(c for c in whole[0].text[3:] if whole[0].text.index(c) > 2)
     cut = spec.generate_batch(PROMPTS, **settings, stop=(stop,))
     assert [one.text for one in cut] == [one.text.partition(stop)[0] for one in whole]
-    assert [len(one.token_ids) < 30 for one in cut] == [stop in one.text for one in whole]
     assert len(cut[0].token_ids) < 30 and all(one.finished for one in cut)
 
 
