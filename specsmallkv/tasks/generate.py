@@ -82,6 +82,7 @@ class GenerateTask:
             outputs, interrupted = answer_in_turn(generations, config, display)
             figures = combine(outputs)
         record = setting_figures(config, spec) | figures | {"interrupted": interrupted}
+        record["finished"] = record["finished"] and not interrupted  # prompts that never began have no output
         if loading_peak is not None:
             record["peak_memory_bytes"] = max(loading_peak, record["peak_memory_bytes"])
         if config.prompts_file is not None:
