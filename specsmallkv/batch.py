@@ -70,8 +70,9 @@ class BatchCounters(Counters):
 
     def see_rows(self, rows: list[Row]) -> None:
         self.verify_passes += 1
-        if (used := sum(row.sequence.target.nbytes for row in rows)) >= self.max_target_bytes:
-            self.max_target_bytes, held = used, [row.sequence.held() for row in rows]
+        self.last_target_bytes = sum(row.sequence.counters.last_target_bytes for row in rows)
+        if self.last_target_bytes >= self.max_target_bytes:
+            self.max_target_bytes, held = self.last_target_bytes, [row.sequence.held() for row in rows]
             self.held = {key: sum(own[key] for own in held) for key in held[0]}
 
 
@@ -136,7 +137,8 @@ class BatchDecoder:
         for row in rows:
             row.begin(*decoder.begin_draft(row.sequence))
         while active := [row for row in rows if step < row.num_steps]:
-            logits = decoder.draft_group([row.sequence for row in active], [row.pending for row in active])
+            wanted = "last" if any(step < row.num_drafts for row in active) else "none"
+            logits = decoder.draft_group([row.sequence for row in active], [row.pending for row in active], wanted)
             for row, own in zip(active, logits, strict=True):
                 if step < row.num_drafts:
                     row.take(*decoder.propose(row.sequence, own, row.generator))

@@ -387,11 +387,14 @@ class Decoder:
         oracle = sequence.evidence.oracle
         return AttentionCall(self.attention, rows=oracle.block if oracle else None)
 
-    def draft_group(self, sequences: list[Sequence], tokens: list[list[int]]) -> list[Tensor]:
-        """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token."""
+    def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
+        """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
+
+        logits: "none" where the rows alone are wanted.
+        """
         caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
         calls = [self.draft_call(sequence) for sequence in sequences]
-        return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits="last")]
+        return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
 
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
         """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""

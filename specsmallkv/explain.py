@@ -30,7 +30,8 @@ from .memory import is_out_of_memory, shortage
 TYPED_GROUPS = {"model": ModelConfig, "speculation": SpeculationConfig}
 PROPER_GROUPS = ("policy", "speculation", "task")  # they hold a choice: group=option, without a plus
 LESS_MEMORY = (
-    "lower max_new_tokens or policy.kv_budget, shorten the prompt, or use model.dtype=bfloat16 or a smaller model"
+    "lower max_new_tokens or policy.kv_budget, shorten the prompt, lower batch_size, or use model.dtype=bfloat16 or a "
+    "smaller model"
 )
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 KINDS = {

@@ -82,6 +82,7 @@ class GenerateTask:
             outputs, interrupted = answer_in_turn(generations, config, display)
             figures = combine(outputs)
         record = setting_figures(config, spec) | figures | {"interrupted": interrupted}
+        record["finished"] = record["finished"] and not interrupted  # prompts that never began have no output
         if loading_peak is not None:
             record["peak_memory_bytes"] = max(loading_peak, record["peak_memory_bytes"])
         if config.prompts_file is not None:
@@ -204,6 +205,7 @@ def combine(outputs: list[dict[str, Any]], batch: dict[str, Any] | None = None) 
     total = dict(fullest) | {key: sum(figures.get(key) or 0 for figures in outputs) for key in SUMMED}
     total |= {key: max(figures.get(key) or 0 for figures in outputs) for key in LARGEST}
     total |= {"finished": all(figures.get("finished") for figures in outputs)} | (batch or {})
+    total.pop("seed", None)  # rows have their own; the record's is the run's
     emitted = total["new_tokens"] - len(outputs)  # the first token of each comes from its prefill
     decoding = total["seconds"] - sum(figures["ttft_seconds"] for figures in outputs)
     return total | {
