@@ -83,7 +83,9 @@ def test_rows_with_one_and_with_two_pending_tokens_share_a_pass_of_the_draft(tar
     assert_independent(target, target, decoder.policy, 2, JOBS[:4])
     sizes = []
     draft_group = decoder.draft_group
-    decoder.draft_group = lambda rows, tokens, *own: sizes.append({*map(len, tokens)}) or draft_group(rows, tokens, *own)
+    decoder.draft_group = lambda rows, tokens, *own: (
+        sizes.append({*map(len, tokens)}) or draft_group(rows, tokens, *own)
+    )
     list(BatchDecoder(decoder, 2).generate(JOBS[:4]))
     assert {1, 2} in sizes and {2} in sizes and {1} in sizes
 

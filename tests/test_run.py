@@ -61,6 +61,12 @@ def arguments(task: str, text_file: Path) -> list[str]:
         "mt_bench": ["task.num_examples=1", "task.categories=[stem]"],
         "spec_bench": ["task.num_examples=1", "task.categories=[qa]"],
         "perplexity": ["task.num_examples=1", "task.context_tokens=64", "task.eval_tokens=4"],
+        "calibrate": [
+            f"task.text_file={text_file}",
+            "task.context_tokens=64",
+            "task.window_size=16",
+            "task.num_windows=2",
+        ],
         "distill": [
             f"task.text_files=[{text_file}]",
             f"task.output_dir={text_file.parent}/distilled",
@@ -87,7 +93,7 @@ def test_every_task_has_every_key_of_the_contract_and_the_documentation_names_th
     for key in ("task", "seed", "versions", "config", "config_hash", "peak_memory_bytes", *of_models):
         assert record[key] is not None, key
     assert (record["task"], record["interrupted"]) == (task, False)
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/record.md").read_text()))
+    documented = set(re.findall(r"`([\w.]+)`", (ROOT / "docs/record.md").read_text()))
     result = record.get("results", [{}])[0]
     assert (record.keys() | result.keys()) - documented == set()
 
@@ -267,7 +273,7 @@ def test_a_batch_writes_what_prompts_one_by_one_write(run, rows_file):
     assert batch["tokens_per_second"] == pytest.approx(24 / batch["seconds"])
     assert batch["target_kv_bytes"] > one["target_kv_bytes"] and batch["finished"] is True
     assert max(row["seconds"] for row in batch["outputs"]) <= batch["seconds"]
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/record.md").read_text()))
+    documented = set(re.findall(r"`([\w.]+)`", (ROOT / "docs/record.md").read_text()))
     assert (batch.keys() | batch["outputs"][0].keys()) - documented == set()
 
 
