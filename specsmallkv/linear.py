@@ -58,6 +58,7 @@ def pack_linears(model: nn.Module, packed: Packed | None = None) -> None:
     packed, slots = {} if packed is None else packed, linear_layers(model)
     while slots:  # emptied on the way, so that each layer's own weights are freed before the next is packed
         parent, name, layer = slots.pop()
+        assert isinstance(layer, nn.Linear), "linear_layers finds no others"
         weight = layer.weight.detach()
         if weight.abs().max() <= LARGEST:
             if weight.data_ptr() not in packed:

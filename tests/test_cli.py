@@ -495,6 +495,7 @@ def test_a_policy_beside_the_shell_is_found_and_ctrl_c_ends_a_run(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background has it ignored
     )
     assert process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGINT)

@@ -131,7 +131,8 @@ class ThroughputTask:
     def _systems(
         self, config: RunConfig, spec: SpecSmallKV, policies: dict[str, Policy], prompt: Prompt, originals: list[Slot]
     ) -> list[Measured]:
-        pair, systems = spec.pair, []
+        pair = spec.pair
+        systems: list[StockSystem | OwnSystem] = []
         drafting = {
             "num_assistant_tokens": self.assistant_tokens,
             "num_assistant_tokens_schedule": "constant",
