@@ -235,8 +235,8 @@ class SnapKV(Policy):
         return torch.where(positions <= last, frozen.gather(-1, positions.clamp(max=last)), recency)
 
     def _window_scores(self, queries: Tensor, layer: TieredLayer, scaling: float) -> Tensor:
-        queries = queries[:, :, -self.window_size :]
-        window = queries.shape[2]
+        window = min(self.window_size, queries.shape[2], layer.seen - 1)  # one token at least is older
+        queries = queries[:, :, -window:]
         rows = attention_probabilities(queries, layer.keys, scaling)[..., :-window].mean(dim=2)  # (1, H_q, N - W)
         pooled = F.avg_pool1d(rows, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.unflatten(1, (layer.keys.shape[1], -1)).mean(dim=2)

@@ -74,6 +74,14 @@ def test_a_draft_that_predicts_nothing_changes_nothing_that_snapkv_does(
             assert torch.equal(ours.positions, theirs.positions)
 
 
+@pytest.mark.parametrize("name", ["smallkv", "specsmallkv"])
+def test_a_short_prompt_with_a_draft_that_predicts_nothing_still_decodes(target, draft, prompt, name, monkeypatch):
+    monkeypatch.setattr("specsmallkv.matching.TRUSTED_SIMILARITY", 2.0)
+    policy = load_policy(name, kv_budget=0.3, evict_block=16, window_size=8)
+    tokens, sequence = decode(target, draft, policy, 3, prompt[:5])
+    assert len(tokens) == NEW and sequence.target.layers[0].num_slots < sequence.target.seen
+
+
 QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
 
 

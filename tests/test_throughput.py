@@ -51,7 +51,6 @@ def row(record, name):
     return next(row for row in record["systems"] if row["name"] == name)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", [*STOCK, "full+draft"])
 def test_systems_with_the_full_cache_decode_one_text(name, record):
     """Also on transformers' side: its caches were filled by hand, and its first assisted pass was cut."""

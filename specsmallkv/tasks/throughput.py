@@ -10,6 +10,8 @@ from statistics import median
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 
 from ..attention import AttentionMass
 from ..config import RunConfig
@@ -69,6 +71,12 @@ class ThroughputTask:
                 raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least {least}.")
         if not self.systems or len(set(self.systems)) < len(self.systems):
             raise UserError(f"task.systems=[{','.join(self.systems)}] is empty or names one twice; name each once.")
+        older = Version(transformers.__version__) < Version("5.3")
+        if assisted := [name for name in self.systems if name in STOCK[1:] and older]:
+            raise UserError(
+                f"task.systems={assisted[0]} needs transformers 5.3 or newer, since {transformers.__version__} starts "
+                "assisted generation from an empty cache only; leave it out."
+            )
 
     @torch.inference_mode()
     def run(self, config: RunConfig) -> dict[str, Any]:
