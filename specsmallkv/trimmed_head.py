@@ -21,11 +21,18 @@ class TrimmedHead(nn.Module):
         super().__init__()
         self.vocab_size = len(full)
         self.register_buffer(IDS_KEY, token_ids.to(full.device, torch.long), persistent=False)
-        self.weight = nn.Parameter(full.detach()[self.head_token_ids].clone(), requires_grad=False)
+        self.known = nn.Linear(
+            full.shape[1], len(token_ids), bias=False, device="meta"
+        )  # a layer, so that it can be packed
+        self.known.weight = nn.Parameter(full.detach()[self.head_token_ids].clone(), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.known.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., vocab_size)"""
-        known = nn.functional.linear(hidden, self.weight)
+        known = self.known(hidden)
         logits = known.new_full((*known.shape[:-1], self.vocab_size), -torch.inf)
         return logits.index_copy_(-1, self.head_token_ids, known)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
+from specsmallkv.linear import linear_layers
 from specsmallkv.sampling import Sampler
 from specsmallkv.speculation import accept_sampled, match_vocabulary, propose
 from specsmallkv.trimmed_head import frequent_tokens, trim_head
@@ -22,6 +23,12 @@ def test_logits_are_the_full_heads_where_it_has_rows_and_minus_infinity_elsewher
     outside = [i for i in range(VOCAB) if i not in IDS.tolist()]
     assert trimmed[..., outside].eq(-torch.inf).all()
     assert match_vocabulary(trimmed, VOCAB + 8).shape[-1] == VOCAB + 8
+
+
+def test_the_head_can_be_packed_like_any_linear_layer():
+    model = tiny_model()
+    trim_head(model, IDS)
+    assert (model.lm_head, "known", model.lm_head.known) in linear_layers(model)
 
 
 def test_the_embeddings_keep_every_token():
