@@ -24,7 +24,7 @@ class AttentionOracle:
     def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None):
         self.block, self.num_kv_heads, self.prior = block, num_kv_heads, prior
         self.head_map: HeadMap | None = None
-        self.trusted: Tensor | None = None  # (L, H_kv) bool, as `HeadMap.trusted`
+        self.trusted = True  # as `HeadMap.trusted`, once there is a map
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
         self._count = 0.0
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
@@ -73,7 +73,7 @@ class AttentionOracle:
         self._take(self._fit.solve(method, self.prior))
 
     def _take(self, head_map: HeadMap) -> None:
-        self.head_map, self.trusted = head_map, head_map.trusted(self.num_kv_heads)
+        self.head_map, self.trusted = head_map, head_map.trusted
 
     def share(self, method: str, prior: Prior | None = None) -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""
@@ -87,11 +87,9 @@ class AttentionOracle:
         return other
 
     def believed_heads(self, least: float) -> Tensor:
-        """(L, H_q) bool: heads of trusted groups that are predicted with a cosine above `least`."""
-        assert self.head_map is not None and self.trusted is not None, "the head map is fitted before anybody asks"
-        similarity = self.head_map.similarity
-        group = similarity.shape[1] // self.num_kv_heads
-        return (similarity > least) & self.trusted.repeat_interleave(group, dim=1)
+        """(L, H_q) bool: heads that are predicted with a cosine above `least`; none if the draft is not trusted."""
+        assert self.head_map is not None, "the head map is fitted before anybody asks"
+        return (self.head_map.similarity > least) & self.trusted
 
     def add(self, rows: Tensor, count: int) -> None:
         """Count the sum (M, n) of `count` further rows, foreseen ones, as the interval's."""

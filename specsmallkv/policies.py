@@ -40,10 +40,9 @@ class Evidence:
     mass: AttentionMass | None = None
     foreseen: dict[int, Tensor] = field(default_factory=dict)
 
-    def trusted(self, index: int) -> Tensor | None:
-        """(H_kv,) bool: which groups of a layer the draft can tell; None if that is all of them, or unknown."""
-        trusted = self.oracle.trusted if self.oracle else None
-        return None if trusted is None or trusted[index].all() else trusted[index]
+    @property
+    def trusts_draft(self) -> bool:
+        return self.oracle is None or self.oracle.trusted
 
     def fork(self, reads_mass: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""
@@ -310,11 +309,8 @@ class DraftPolicy(Policy):
         return max(self.observation_size, self.window_size)
 
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
-        predicted, trusted = self.predicted_score(index, layer, candidates, evidence), evidence.trusted(index)
-        if trusted is None:
-            return predicted
-        trusted = trusted.to(predicted.device)
-        return torch.where(trusted[:, None], predicted, self._without_draft(index, layer, candidates, evidence))
+        choose = self.predicted_score if evidence.trusts_draft else self._without_draft
+        return choose(index, layer, candidates, evidence)
 
     def predicted_score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         """Importance of each candidate, (1, H_kv, n), where the draft is believed."""
@@ -333,8 +329,7 @@ class DraftPolicy(Policy):
 class SmallKV(DraftPolicy):
     """SmallKV (arXiv 2508.02751): draft saliency at every refresh, marginal tokens V-only and compensated.
 
-    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1). Layers with heads that the draft
-    cannot tell have none.
+    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1); none if the draft is not trusted.
     compensation: "renormalised" (odds against the kept set), "raw" (the draft's own mass) or "none".
     own_share: part of the score that is the target's own attention so far, a mean over the queries that could see the
     token; the rest is the draft's, of the rows since the last refresh and of `num_foreseen_tokens` tokens that it
@@ -374,7 +369,7 @@ class SmallKV(DraftPolicy):
         return self.own_share * own + (1 - self.own_share) * by_draft
 
     def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
-        if self.marginal_share and evidence.trusted(index) is not None:
+        if self.marginal_share and not evidence.trusts_draft:
             return replace(self, marginal_share=0.0).plan(index, layer, evidence, evicted_at)
         return super().plan(index, layer, evidence, evicted_at)
 

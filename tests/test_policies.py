@@ -136,15 +136,16 @@ def test_smallkv_adds_the_attention_that_each_query_gave_to_what_the_draft_predi
 
 
 @pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv"])
-def test_groups_that_the_draft_cannot_tell_keep_what_snapkv_would(name):
+def test_a_draft_that_is_not_trusted_leaves_the_choice_to_snapkv(name):
     policy, rival = load_policy(name, kv_budget=0.2), load_policy("snapkv", kv_budget=0.2)
-    evidence = evidence_of(128)
-    evidence.oracle = SimpleNamespace(trusted=torch.tensor([[True, False]]))
-    layer = planned(policy, layer_of(N, policy.residency), evidence)
     expected = planned(rival, layer_of(N, "drop"), evidence_of(128))
-    assert torch.equal(layer.positions[0, 1], expected.positions[0, 1])
-    assert not torch.equal(layer.positions[0, 0], expected.positions[0, 0]), "the other group follows the draft"
-    assert layer.num_marginal == 0 and layer.nbytes == expected.nbytes
+    for trusted in (True, False):
+        evidence = evidence_of(128)
+        evidence.oracle = SimpleNamespace(trusted=trusted)
+        layer = planned(policy, layer_of(N, policy.residency), evidence)
+        assert torch.equal(layer.positions, expected.positions) is not trusted
+        assert (layer.num_marginal > 0) is (trusted and policy.marginal_share > 0)
+    assert layer.nbytes == expected.nbytes
 
 
 def test_snapkv_freezes_the_prompts_scores():
