@@ -423,7 +423,10 @@ class Decoder:
             self._retain(sequence)
             if self.policy.tail_factor and oracle is not None and self.policy.selection == "block":
                 self._set_tail_terms(sequence, oracle)
-        if self.policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
+        compensates = self.policy.compensation != "none" and any(
+            layer.num_marginal for layer in sequence.target.layers
+        )
+        if compensates and oracle is not None and oracle.head_map is not None:
             for layer, predicted in zip(sequence.target.layers, oracle.predictions(), strict=True):
                 if layer.num_marginal:
                     layer.marginal_weights = marginal_weights(

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,6 +13,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from specsmallkv.config import CONFIG_DIR
+from specsmallkv.presets import build
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -47,6 +52,15 @@ def tiny_model(
         **options,
     )
     return model_class(config).eval()
+
+
+def run_task(*overrides: str) -> dict:
+    """The record of a task as the command line would compose it, without the command line."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        node = compose("config", list(overrides))
+    config = OmegaConf.to_object(node)
+    config.policy, task = build(node.policy, "policy"), build(node.task, "task")
+    return task.run(config)
 
 
 @pytest.fixture(scope="session", autouse=True)

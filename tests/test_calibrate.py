@@ -4,16 +4,14 @@ import math
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from conftest import run_task
 from safetensors.torch import save_file
 
 from specsmallkv import SpecSmallKV
-from specsmallkv.config import CONFIG_DIR
 from specsmallkv.errors import UserError
 from specsmallkv.matching import HeadMap, HeadMapFit
 from specsmallkv.metrics import mass_caught
-from specsmallkv.presets import build, load_policy
+from specsmallkv.presets import load_policy
 from specsmallkv.saved_map import load_head_map, save_head_map
 from specsmallkv.tasks.calibrate import Fold, quality
 
@@ -27,11 +25,7 @@ M = 8
 
 def run(*overrides):
     """The record of a task on the tiny random pair."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        node = compose("config", [*SETTINGS, *overrides])
-    config = OmegaConf.to_object(node)
-    config.policy, task = build(config.policy, "policy"), build(config.task, "task")
-    return task.run(config)
+    return run_task(*SETTINGS, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from conftest import run_task
 
-from specsmallkv.config import CONFIG_DIR
 from specsmallkv.errors import UserError
 from specsmallkv.metrics import bootstrap_interval
 from specsmallkv.policies import SnapKV
-from specsmallkv.presets import build, load_policy
+from specsmallkv.presets import load_policy
 from specsmallkv.tasks.grid import parse_entry, policy_grid
 
 SETTINGS = [
@@ -32,11 +30,7 @@ def content(step):
 
 def fidelity(*overrides):
     """The record of task=fidelity on the tiny random pair."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        node = compose("config", [*SETTINGS, *overrides])
-    config = OmegaConf.to_object(node)
-    config.policy, task = build(node.policy, "policy"), build(node.task, "task")
-    return task.run(config)
+    return run_task(*SETTINGS, *overrides)
 
 
 @pytest.fixture(scope="module")

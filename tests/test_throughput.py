@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from conftest import run_task
 
-from specsmallkv.config import CONFIG_DIR
 from specsmallkv.decode import Round
 from specsmallkv.errors import UserError
-from specsmallkv.presets import build
 from specsmallkv.tasks import roofline
 from specsmallkv.tasks.throughput import per_position, with_ratios
 
@@ -33,11 +30,7 @@ def run(tmp_path, *overrides):
         "policy.kv_budget=0.3",
         "quiet=true",
     ]
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        node = compose("config", [*settings, *overrides])
-    config = OmegaConf.to_object(node)
-    config.policy, task = build(node.policy, "policy"), build(node.task, "task")
-    return task.run(config)
+    return run_task(*settings, *overrides)
 
 
 @pytest.fixture(scope="module")
