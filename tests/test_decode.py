@@ -82,6 +82,22 @@ def test_a_short_prompt_with_a_draft_that_predicts_nothing_still_decodes(target,
     assert len(tokens) == NEW and sequence.target.layers[0].num_slots < sequence.target.seen
 
 
+@torch.inference_mode()
+def test_foreseen_rows_count_as_accepted_ones_and_leave_the_drafts_cache_alone(target, draft, prompt):
+    decoder = Decoder(target, draft, load_policy("smallkv", kv_budget=0.3, num_foreseen_tokens=8), 0)
+    sequence = decoder.start(prompt, NEW)
+    decoder.prefill(sequence)
+    decoder.prefill_draft(sequence)
+    oracle, keys = sequence.evidence.oracle, [layer.keys.clone() for layer in sequence.draft.layers]
+    count, total = oracle._count, oracle._sum.sum()
+    decoder.foresee(sequence)
+    assert oracle._count == count + 8 and total + 4 * len(oracle._sum) < oracle._sum.sum() < total + 8 * len(
+        oracle._sum
+    )
+    for before, layer in zip(keys, sequence.draft.layers, strict=True):
+        torch.testing.assert_close(layer.keys, before, atol=1e-5, rtol=1e-5)
+
+
 QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
 
 
