@@ -45,6 +45,11 @@ class AttentionRows:
         self.length = first_position + num_rows
         self.chances = [1.0]
 
+    def narrow(self, num_rows: int) -> None:
+        """Forget the rows behind the first `num_rows`, which nobody follows up."""
+        self.num_rows, self.length = num_rows, self.first_position + num_rows
+        self.chances = self.chances[:num_rows]
+
     def expect(self, probability: float) -> None:
         """The draft gives its next proposal this probability: the row behind it matters by the product so far."""
         self.chances.append(self.chances[-1] * probability)

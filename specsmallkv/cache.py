@@ -190,6 +190,15 @@ class TieredLayer(CacheLayerMixin):
         assert 0 <= n <= self.seen - self.tail_start, f"cannot roll back {n} of {self.seen - self.tail_start}"
         self.seen -= n
 
+    def narrow(self, count: int) -> None:
+        """Only the first `count` queries of the verify block that was planned will be read."""
+        if self.tail_term is not None:
+            self.tail_term = self.tail_term.narrow(count)
+        if self.marginal_weights is not None:
+            self.marginal_weights = self.marginal_weights[:, :, :count]
+        if self.row_mask is not None:
+            self.row_mask = self.row_mask[:, :, :count]
+
     def candidates(self, tail_start: int) -> Candidates:
         """What may be kept of the tokens before `tail_start`: with a host store all, else what is still here."""
         device = self.kept_positions.device

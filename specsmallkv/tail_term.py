@@ -26,6 +26,10 @@ class TailTerm:
     values: Tensor
     num_sinks: int
 
+    def narrow(self, count: int) -> "TailTerm":
+        """Of the first `count` queries."""
+        return TailTerm(self.odds[:, :, :count], self.values[:, :, :count], self.num_sinks)
+
     def add(self, output: Tensor, probabilities: Tensor) -> Tensor:
         """output (1, H_q, q, D) of attention over L, probabilities (1, H_q, q, n) of its slots, sinks first."""
         beside_sinks = 1 - probabilities[..., : self.num_sinks].sum(dim=-1, keepdim=True)

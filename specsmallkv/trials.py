@@ -3,7 +3,8 @@
 The first tokens of the text are the prompt, which is read once; every trial begins with a copy of the target's cache.
 What follows is read in verify blocks: the draft reads a block once, the target in one pass with a batch row for each
 trial. So all are compared on the same positions, rounding in passes of one shape is no distance, and a trial costs
-little more than its share of attention.
+little more than its share of attention. Sets are chosen for the whole block, as in decoding; the target then reads only
+its scored positions, which the drafts behind them cannot change.
 """
 
 from collections.abc import Callable
@@ -63,9 +64,9 @@ class Trial:
         self.total_share.append((target.nbytes + extra) / target.full_nbytes)
 
     def commit(self, block: Block, text: list[int]) -> None:
-        """Drop what the text does not say."""
+        """All that was read is the text's own."""
         self.sequence.tokens = text[: block.position + block.count + 1]
-        self.decoder.rollback(self.sequence, len(block.drafts) + 1 - block.count)
+        self.decoder.rollback(self.sequence, 0)
 
     def measure(self, queries: dict[int, Tensor], full: TieredCache) -> None:
         """Attention mass and overlap per layer, by the full cache's keys and its queries (1, H_q, n, D)."""
@@ -85,20 +86,19 @@ def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) ->
     for sequence in sequences:
         sequence.tokens = text[: block.position + 1]
     plan(base.decoder, trials, drafts)
-    calls = [base.decoder.verify_call(sequence, len(drafts) + 1) for sequence in sequences]
-    calls[0].num_queries = len(drafts) + 1
-    logits = base.decoder.verify_group(sequences, [drafts] * len(trials), calls)
-    logits = [own[: block.count] for own in logits]
+    narrow(base, sequences, block.count)
+    calls = [base.decoder.verify_call(sequence, block.count) for sequence in sequences]
+    calls[0].num_queries = block.count
+    logits = base.decoder.verify_group(sequences, [drafts[: block.count - 1]] * len(trials), calls)
     full = logits[0].log_softmax(-1)
     following = text[block.position + 1 : block.position + 1 + block.count]
     for trial, own in zip(trials, logits, strict=True):
         trial.weigh(base.sequence.draft)
         trial.score(own, full, following)
         trial.commit(block, text)
-    queries = {index: x[:, :, : block.count] for index, x in calls[0].queries.items()}
     for trial in trials:
         if block.measure:
-            trial.measure(queries, sequences[0].target)
+            trial.measure(calls[0].queries, sequences[0].target)
         trial.decoder.evict(trial.sequence)
 
 
@@ -109,6 +109,15 @@ def plan(decoder: Decoder, trials: list[Trial], drafts: list[int]) -> None:
     seen = dict(zip(map(id, looking), looks, strict=True))
     for trial in trials:
         trial.decoder.plan(trial.sequence, drafts, seen.get(id(trial)))
+
+
+def narrow(base: "Base", sequences: list[Sequence], count: int) -> None:
+    """After planning: the block's first `count` positions are all that is read and kept of it."""
+    for sequence in sequences:
+        for layer in sequence.target.layers:
+            layer.narrow(count)
+    if (oracle := base.sequence.evidence.oracle) is not None:
+        oracle.block.narrow(count)
 
 
 def matching_prefix(drafts: list[int], following: list[int]) -> int:

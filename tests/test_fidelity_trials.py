@@ -108,3 +108,28 @@ def test_gold_blocks_are_the_text_and_drafted_ones_the_drafts_cut_where_any_poli
     assert base.draft(text, 120, gold=False) == drafted, "a rewound draft has forgotten the block"
     base.rewind(123)
     assert len(base.draft(text, 123, gold=True)) == 2, "snapkv evicts at 126"
+
+
+@pytest.mark.parametrize("name", ["specsmallkv", "query", "smallkv", "oracle"])
+@torch.inference_mode()
+def test_a_trial_scores_what_decoding_verifies_though_it_reads_no_rejected_draft(name):
+    policy = load_policy("specsmallkv", selection="query") if name == "query" else load_policy(name)
+    policy.kv_budget = 0.3
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
+    base = prefill_once(spec, policy, text, 240, [policy])
+    full, trial, scored = open_trial(base, load_policy("full")), open_trial(base, policy), []
+    trial.score = lambda logits, *rest: scored.append(logits)
+    drafts = base.draft(text, 240, gold=False)
+    advance(base, [full, trial], text, Block(240, drafts, 2, measure=True))  # as if the first draft were the text
+
+    decoder = Decoder(spec.pair.target, spec.pair.draft, policy, 3)
+    sequence = decoder.start(text[:240], 20)
+    decoder.prefill(sequence)
+    decoder.settle(sequence)
+    sequence.tokens.append(text[240])
+    assert decoder.draft(sequence, torch.Generator())[0] == drafts
+    decoder.plan(sequence, drafts)
+    verified = decoder.verify(sequence, drafts)
+    assert len(drafts) == 3 and scored[0].shape[0] == 2
+    torch.testing.assert_close(scored[0], verified[:2], atol=1e-4, rtol=1e-4)
