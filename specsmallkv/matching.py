@@ -42,10 +42,9 @@ class HeadMap:
     draft_similarity: Tensor | None = None
 
     @property
-    def trusted(self) -> bool:
-        """Whether the draft tells enough to be asked at all; if not, `snapkv` chooses."""
-        similarity = self.similarity if self.draft_similarity is None else self.draft_similarity
-        return float(similarity.mean()) > TRUSTED_SIMILARITY
+    def mean_similarity(self) -> float:
+        """Mean cosine of all heads with what the draft alone predicts of them."""
+        return float((self.similarity if self.draft_similarity is None else self.draft_similarity).mean())
 
     def to(self, device: torch.device) -> "HeadMap":
         """The map, without history, on another device."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import AttentionRows, attention_probabilities
 from .cache import TieredCache
-from .matching import HeadMap, HeadMapFit, Prior, pooled_history
+from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
 
 
 class AttentionOracle:
@@ -24,7 +24,7 @@ class AttentionOracle:
     def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None):
         self.block, self.num_kv_heads, self.prior = block, num_kv_heads, prior
         self.head_map: HeadMap | None = None
-        self.trusted = True  # as `HeadMap.trusted`, once there is a map
+        self.similarity = 1.0  # as `HeadMap.mean_similarity`, once there is a map
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
         self._count = 0.0
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
@@ -36,6 +36,11 @@ class AttentionOracle:
         """Scratch on the device."""
         dense = self._dense.nbytes
         return self.block.nbytes + dense + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the draft tells enough to be asked at all; if not, `snapkv` chooses."""
+        return self.similarity > TRUSTED_SIMILARITY
 
     @property
     def num_sinks(self) -> int:
@@ -73,7 +78,7 @@ class AttentionOracle:
         self._take(self._fit.solve(method, self.prior))
 
     def _take(self, head_map: HeadMap) -> None:
-        self.head_map, self.trusted = head_map, head_map.trusted
+        self.head_map, self.similarity = head_map, head_map.mean_similarity
 
     def share(self, method: str, prior: Prior | None = None) -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""

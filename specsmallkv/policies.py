@@ -44,6 +44,10 @@ class Evidence:
     def trusts_draft(self) -> bool:
         return self.oracle is None or self.oracle.trusted
 
+    def trusts_odds(self, least: float) -> bool:
+        """Whether the draft's rows are alike enough to the target's to weigh values: `least` is a mean cosine."""
+        return self.trusts_draft and (self.oracle is None or self.oracle.similarity >= least)
+
     def fork(self, reads_mass: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""
         mass = self.mass.clone() if self.mass and reads_mass else None
@@ -329,7 +333,8 @@ class DraftPolicy(Policy):
 class SmallKV(DraftPolicy):
     """SmallKV (arXiv 2508.02751): draft saliency at every refresh, marginal tokens V-only and compensated.
 
-    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1); none if the draft is not trusted.
+    marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1); none where the head map's
+    mean cosine is below marginal_similarity, or the draft is not trusted: poor odds do more harm than their bytes.
     compensation: "renormalised" (odds against the kept set), "raw" (the draft's own mass) or "none".
     own_share: part of the score that is the target's own attention so far, a mean over the queries that could see the
     token; the rest is the draft's, of the rows since the last refresh and of `num_foreseen_tokens` tokens that it
@@ -338,13 +343,14 @@ class SmallKV(DraftPolicy):
 
     compensation: str = "renormalised"
     marginal_share: float = 0.25
+    marginal_similarity: float = 0.7
     own_share: float = 0.5
     num_foreseen_tokens: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("compensation", ("none", "raw", "renormalised"))
-        for key, most in (("marginal_share", "1)"), ("own_share", "1]")):
+        for key, most in (("marginal_share", "1)"), ("marginal_similarity", "1]"), ("own_share", "1]")):
             value = getattr(self, key)
             if not 0 <= value <= 1 or (most == "1)" and value == 1):
                 raise UserError(f"policy.{key}={value} is outside [0, {most}; give e.g. 0.25.")
@@ -369,7 +375,7 @@ class SmallKV(DraftPolicy):
         return self.own_share * own + (1 - self.own_share) * by_draft
 
     def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
-        if self.marginal_share and not evidence.trusts_draft:
+        if self.marginal_share and not evidence.trusts_odds(self.marginal_similarity):
             return replace(self, marginal_share=0.0).plan(index, layer, evidence, evicted_at)
         return super().plan(index, layer, evidence, evicted_at)
 

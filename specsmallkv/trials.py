@@ -3,8 +3,8 @@
 The first tokens of the text are the prompt, which is read once; every trial begins with a copy of the target's cache.
 What follows is read in verify blocks: the draft reads a block once, the target in one pass with a batch row for each
 trial. So all are compared on the same positions, rounding in passes of one shape is no distance, and a trial costs
-little more than its share of attention. Sets are chosen for the whole block, as in decoding; the target then reads only
-its scored positions, which the drafts behind them cannot change.
+little more than its share of attention. Sets are chosen for the whole block, as in decoding; the target then reads
+only its scored positions, which the drafts behind them cannot change.
 """
 
 from collections.abc import Callable

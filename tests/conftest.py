@@ -93,5 +93,5 @@ def drafts_are_believed():
     """Random drafts predict nothing: heads would fall back on their history, and most tests would not see the rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("specsmallkv.matching.HISTORY_MARGIN", 2.0)
-        patch.setattr("specsmallkv.matching.TRUSTED_SIMILARITY", -1.0)
+        patch.setattr("specsmallkv.matching.HeadMap.mean_similarity", 1.0)
         yield

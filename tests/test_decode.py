@@ -62,7 +62,7 @@ def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, 
 def test_a_draft_that_predicts_nothing_changes_nothing_that_snapkv_does(
     target, draft, prompt, name, num_draft_tokens, monkeypatch
 ):
-    monkeypatch.setattr("specsmallkv.matching.TRUSTED_SIMILARITY", 2.0)
+    monkeypatch.setattr("specsmallkv.oracle.TRUSTED_SIMILARITY", 2.0)
     policy = load_policy(name, kv_budget=0.3)
     tokens, sequence = decode(target, draft, policy, num_draft_tokens, prompt)
     snapkv = load_policy("snapkv", kv_budget=0.3, residency=policy.residency)
@@ -76,7 +76,7 @@ def test_a_draft_that_predicts_nothing_changes_nothing_that_snapkv_does(
 
 @pytest.mark.parametrize("name", ["smallkv", "specsmallkv"])
 def test_a_short_prompt_with_a_draft_that_predicts_nothing_still_decodes(target, draft, prompt, name, monkeypatch):
-    monkeypatch.setattr("specsmallkv.matching.TRUSTED_SIMILARITY", 2.0)
+    monkeypatch.setattr("specsmallkv.oracle.TRUSTED_SIMILARITY", 2.0)
     policy = load_policy(name, kv_budget=0.3, evict_block=16, window_size=8)
     tokens, sequence = decode(target, draft, policy, 3, prompt[:5])
     assert len(tokens) == NEW and sequence.target.layers[0].num_slots < sequence.target.seen

@@ -141,11 +141,22 @@ def test_a_draft_that_is_not_trusted_leaves_the_choice_to_snapkv(name):
     expected = planned(rival, layer_of(N, "drop"), evidence_of(128))
     for trusted in (True, False):
         evidence = evidence_of(128)
-        evidence.oracle = SimpleNamespace(trusted=trusted)
+        evidence.oracle = SimpleNamespace(trusted=trusted, similarity=1.0)
         layer = planned(policy, layer_of(N, policy.residency), evidence)
         assert torch.equal(layer.positions, expected.positions) is not trusted
         assert (layer.num_marginal > 0) is (trusted and policy.marginal_share > 0)
     assert layer.nbytes == expected.nbytes
+
+
+def test_marginal_tokens_need_a_head_map_that_matches_well():
+    policy = load_policy("smallkv", kv_budget=0.2)
+    for similarity, marginal_similarity, expected in ((0.6, 0.7, False), (0.7, 0.7, True), (0.6, 0.0, True)):
+        evidence = evidence_of(128)
+        evidence.oracle = SimpleNamespace(trusted=True, similarity=similarity)
+        own = replace(policy, marginal_similarity=marginal_similarity)
+        layer = planned(own, layer_of(N, "drop"), evidence)
+        assert (layer.num_marginal > 0) is expected
+        assert layer.num_kept + layer.num_marginal / 2 == pytest.approx(0.2 * N - policy.window_size, abs=1)
 
 
 def test_snapkv_freezes_the_prompts_scores():

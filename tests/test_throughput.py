@@ -7,7 +7,7 @@ from conftest import run_task
 from specsmallkv.decode import Round
 from specsmallkv.errors import UserError
 from specsmallkv.tasks import roofline
-from specsmallkv.tasks.throughput import per_position, with_ratios
+from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
 
 STOCK = ["transformers", "assisted", "prompt_lookup"]
 OURS = ["full", "full+draft", "snapkv", "snapkv+draft", "specsmallkv+draft"]
@@ -96,6 +96,31 @@ def test_the_runs_own_system_stands_at_the_top(record):
     assert (record["policy"], record["kv_budget"], record["prompt_tokens"]) == ("specsmallkv", 0.3, CONTEXT)
 
 
+def test_several_passages_are_measured_one_by_one_and_reported_as_medians(tmp_path):
+    record = run(tmp_path, "task.systems=[full,snapkv]", "task.num_prompts=3", "task.repeats=1")
+    assert record["num_prompts"] == len(record["by_prompt"]) == 3 and record["prompt_tokens"] == CONTEXT
+    first, second, _ = (rows[0]["token_ids"] for rows in record["by_prompt"])
+    assert first != second, "each has a text of its own"
+    for index, own in enumerate(record["systems"]):
+        for key in ("tokens_per_second", "ratio_to_full", "kv_bytes_read_per_token"):
+            assert own[key] == sorted(rows[index][key] for rows in record["by_prompt"])[1]
+        assert own["tokens_per_second_min"] == min(rows[index]["tokens_per_second"] for rows in record["by_prompt"])
+        assert "token_ids" not in own and own["phase_ms"]["verify"] > 0
+
+
+def test_all_rows_of_a_prompts_file_are_prompts_and_num_prompts_takes_the_first(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{c * 40}"}}\n' for c in "abc"), encoding="utf-8")
+    settings = ["task.text_file=null", f"prompts_file={prompts}", "task.systems=[full]", "task.repeats=1"]
+    assert run(tmp_path, *settings)["num_prompts"] == 3
+    assert run(tmp_path, *settings, "task.num_prompts=1")["num_prompts"] == 1
+
+
+def test_figures_over_prompts_keep_what_all_share_and_leave_out_what_is_no_number():
+    rows = [[{"name": "a", "x": x, "x_min": x, "text": str(x), "ms": {"draft": x}, "none": None}] for x in (3, 1, 2)]
+    assert over_prompts(rows) == [{"name": "a", "x": 2, "x_min": 1, "ms": {"draft": 2}, "none": None}]
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
@@ -103,6 +128,8 @@ def test_the_runs_own_system_stands_at_the_top(record):
         ("task.systems=[full,full]", "names one twice"),
         ("task.systems=[nope]", "policy=nope is unknown"),
         ("task.repeats=0", "task.repeats=0 is too small"),
+        ("task.num_prompts=0", "task.num_prompts=0 is too small"),
+        ("task.num_prompts=99", "lower task.context_tokens or task.num_prompts"),
         ("temperature=0.5", "decodes greedily"),
     ],
 )

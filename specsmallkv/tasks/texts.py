@@ -41,13 +41,18 @@ def _content(key: str, path: str, text_field: str) -> str:
     return "\n\n".join(parts)
 
 
-def passage(spec: SpecSmallKV, name: str, content: str, offset: int, needed: int, lower: str) -> list[int]:
-    """The first `needed` tokens from a character on; lower: what would make a UserError's text long enough."""
+def passage(
+    spec: SpecSmallKV, name: str, content: str, offset: int, needed: int, lower: str, at_once: int | None = None
+) -> list[int]:
+    """The first `needed` tokens from a character on; lower: what would make a UserError's text long enough.
+
+    at_once: as many of them as one sequence holds, by default all.
+    """
     tokens = spec.pair.tokenizer(content[offset : offset + 12 * needed])["input_ids"]
     if len(tokens) < needed:
         raise UserError(
             f"the text {name} has {len(tokens)} tokens from character task.offset={offset} on, "
             f"{needed} are needed; lower {lower}."
         )
-    spec.check_length(tokens[:needed], 1)
+    spec.check_length(tokens[: at_once or needed], 1)
     return tokens[:needed]

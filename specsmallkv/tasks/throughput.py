@@ -30,6 +30,8 @@ from .roofline import Machine, measure_machine, roofline
 from .texts import passage
 from .throughput_systems import SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
 
+Row = dict[str, Any]
+LEFT_OUT = object()
 BASES = ("transformers", "assisted", "full")  # what ratios are taken against
 
 
@@ -49,6 +51,8 @@ class Measured:
 class ThroughputTask:
     """text_file, offset, context_tokens: the prompt, else the run's own. systems: see conf/task/throughput.yaml.
 
+    num_prompts: passages of the text, one behind the other, or first rows of a prompts_file; None: one, or all rows.
+
     repeats and warmup_tokens of each system; assistant_tokens and lookup_tokens of transformers' own speculation;
     stock_prefill: time transformers' prefill too.
     """
@@ -57,6 +61,7 @@ class ThroughputTask:
     text_file: str | None
     offset: int
     context_tokens: int
+    num_prompts: int | None
     repeats: int
     warmup_tokens: int
     systems: list[str]
@@ -69,6 +74,8 @@ class ThroughputTask:
         for key, least in (rules | {"assistant_tokens": 1, "lookup_tokens": 1}).items():
             if getattr(self, key) < least:
                 raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least {least}.")
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise UserError(f"task.num_prompts={self.num_prompts} is too small; give at least 1, or null.")
         if not self.systems or len(set(self.systems)) < len(self.systems):
             raise UserError(f"task.systems=[{','.join(self.systems)}] is empty or names one twice; name each once.")
         older = Version(transformers.__version__) < Version("5.3")
@@ -86,16 +93,24 @@ class ThroughputTask:
         policies = {name: self._policy(chosen, name) for name in self.systems if name not in STOCK}
         with display.waiting("loading the models"):
             spec, originals = self._load(config, policies)
-        tokens = self._tokens(config, spec)
-        with display.waiting(f"reading {len(tokens)} tokens"):
-            prompt = self._read(config, spec, list(policies.values()), tokens)
-        measured = self._systems(config, spec, policies, prompt, originals)
-        interrupted = self._measure(measured, config.max_new_tokens, display)
-        machine = measure_machine(spec.pair.target)
-        rows = with_ratios([self._row(x, spec, prompt, machine) for x in measured if x.runs])
+        prompts, machine = self._prompts(config, spec), measure_machine(spec.pair.target)
+        by_prompt: list[list[Row]] = []
+        interrupted = False
+        for number, tokens in enumerate(prompts, start=1):
+            with display.waiting(f"prompt {number} of {len(prompts)}: reading {len(tokens)} tokens"):
+                prompt = self._read(config, spec, list(policies.values()), tokens)
+            measured = self._systems(config, spec, policies, prompt, originals)
+            interrupted = self._measure(measured, config.max_new_tokens, display, bool(by_prompt))
+            rows = with_ratios([self._row(x, spec, prompt, machine) for x in measured if x.runs])
+            by_prompt += [rows] if not interrupted or not by_prompt else []  # a part of a later prompt is no prompt
+            if interrupted:
+                break
+        rows = over_prompts(by_prompt)
         display.throughput(rows)
         figures = headline(rows, chosen, config.speculation.name) | {"systems": rows, "machine": vars(machine)}
-        figures |= {"threads": torch.get_num_threads(), "prompt_tokens": len(tokens), "interrupted": interrupted}
+        figures |= {"threads": torch.get_num_threads(), "interrupted": interrupted, "num_prompts": len(by_prompt)}
+        figures |= {"by_prompt": by_prompt} if len(by_prompt) > 1 else {}
+        figures |= {"prompt_tokens": median(map(len, prompts[: len(by_prompt)]))}
         return setting_figures(config, spec) | figures
 
     # --- what is measured ----------------------------------------------------------------------------------------
@@ -119,18 +134,20 @@ class ThroughputTask:
         policy = neediest(list(policies.values()) or [load_policy("full")])
         return SpecSmallKV(pair, policy, num_draft_tokens, config.model.attention), originals
 
-    def _tokens(self, config: RunConfig, spec: SpecSmallKV) -> list[int]:
+    def _prompts(self, config: RunConfig, spec: SpecSmallKV) -> list[list[int]]:
+        """Token ids of every prompt, all of them checked before the first is read."""
         if self.text_file is not None:
-            content = read_text("task.text_file", self.text_file)
-            tokens = passage(spec, self.text_file, content, self.offset, self.context_tokens, "task.context_tokens")
+            content, count = read_text("task.text_file", self.text_file), self.num_prompts or 1
+            needed, lower = count * self.context_tokens, "task.context_tokens or task.num_prompts"
+            tokens = passage(spec, self.text_file, content, self.offset, needed, lower, self.context_tokens)
+            prompts = [tokens[i : i + self.context_tokens] for i in range(0, needed, self.context_tokens)]
         else:
-            requests = read_requests(config)
-            if len(requests) > 1:
-                raise UserError(f"prompts_file={config.prompts_file} has several prompts; give task=throughput one.")
-            prompt: Any = requests[0].messages if requests[0].messages is not None else requests[0].prompt
-            tokens = spec.encode(prompt, config.chat)
-        spec.check_length(tokens, config.max_new_tokens + 1)
-        return tokens
+            requests = read_requests(config)[: self.num_prompts]
+            said: list[Any] = [x.prompt if x.messages is None else x.messages for x in requests]
+            prompts = [spec.encode(x, config.chat) for x in said]
+        for tokens in prompts:
+            spec.check_length(tokens, config.max_new_tokens + 1)
+        return prompts
 
     def _read(self, config: RunConfig, spec: SpecSmallKV, policies: list[Policy], tokens: list[int]) -> Prompt:
         mass = AttentionMass if any(policy.reads_mass for policy in policies) else None
@@ -158,7 +175,7 @@ class ThroughputTask:
                 systems.append(OwnSystem(name, decoder, prompt))
         return [Measured(system) for system in systems]
 
-    def _measure(self, measured: list[Measured], num_tokens: int, display: Display) -> bool:
+    def _measure(self, measured: list[Measured], num_tokens: int, display: Display, has_results: bool) -> bool:
         """Every system in turn, again and again, each time another one first; whether Ctrl-C ended it."""
         try:
             for own in measured:
@@ -170,7 +187,7 @@ class ThroughputTask:
                     with display.waiting(f"repeat {repeat + 1} of {self.repeats}: {own.system.name}"):
                         own.runs.append(own.system.run(num_tokens))
         except KeyboardInterrupt:
-            if not any(own.runs for own in measured):
+            if not (has_results or any(own.runs for own in measured)):
                 raise
             return True
         return False
@@ -249,6 +266,28 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         pairs = list(zip(row["token_ids"], full, strict=False))
         row["tokens_as_full"] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     return rows
+
+
+def over_prompts(by_prompt: list[list[Row]]) -> list[Row]:
+    """Each system's figures over several prompts: the median of a number, of ratios too, and the outermost extremes.
+
+    What is no single number (a text, a list) stands with each prompt alone.
+    """
+    if len(by_prompt) == 1:
+        return by_prompt[0]
+    combined = []
+    for rows in zip(*by_prompt, strict=True):
+        combined.append({key: _over_prompts(key, [row[key] for row in rows]) for key in rows[0] if key in rows[-1]})
+    return [{key: value for key, value in row.items() if value is not LEFT_OUT} for row in combined]
+
+
+def _over_prompts(key: str, values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {inner: median(x[inner] for x in values) for inner in first if all(inner in x for x in values)}
+    if any(type(value) not in (int, float) for value in values):
+        return first if all(value == first for value in values) else LEFT_OUT
+    return (min if key.endswith("_min") else max if key.endswith("_max") else median)(values)
 
 
 def headline(rows: list[dict[str, Any]], chosen: Policy, speculation: str) -> dict[str, Any]:
