@@ -12,9 +12,10 @@ it does not know who decides what to keep (`policies.py`) nor how attention is c
 A `CacheGroup` puts the caches of several sequences behind one forward pass, whose tokens are packed end to end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,28 @@ class Candidates:
 
     positions: Tensor
     num_with_keys: int
+
+
+def sent_over(rows: Tensor, device: torch.device) -> Tensor:
+    """Host rows on the device; a GPU's copy holds up nobody only if it comes from pinned memory."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
+class Arrived(NamedTuple):
+    """Entries that were sent ahead of a recall: positions (B, H_kv, m), sorted; k and v (B, H_kv, m, D) of them."""
+
+    positions: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def slots_of(have: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of `wanted` (B, H_kv, c) in the sorted `have` (B, H_kv, n), 0 where absent, and which are there."""
+    if not have.shape[2]:
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    slot = torch.searchsorted(have.contiguous(), wanted.contiguous()).clamp_(max=have.shape[2] - 1)
+    found = have.gather(2, slot) == wanted
+    return slot.masked_fill(~found, 0), found
 
 
 def select(source: Tensor, index: Tensor) -> Tensor:
@@ -95,6 +118,8 @@ class TieredLayer(CacheLayerMixin):
         self.tail_term: Any = None  # a tail_term.TailTerm, set before each verify pass
         self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
         self.row_mask: Tensor | None = None  # (B, H_kv, q, num_kept) bool: what each verify query reads; None: all
+        self.sent: Callable[[], Arrived] | None = None  # what is under way from the host store (`recall.py`)
+        self.sent_nbytes = 0  # scratch that the last shipment took
         self.recall_bytes = 0  # moved from the host store since the reset
         self.num_new = 0  # entries of the last retain that were not resident before, over all heads
 
@@ -250,34 +275,40 @@ class TieredLayer(CacheLayerMixin):
         self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
         self.older_value_sum += self.v[:, :, old:new].float().sum(dim=2)
 
+    def send(self, positions: Tensor, arrive: Callable[[], Arrived]) -> None:
+        """Entries (B, H_kv, m) of the host store are under way to the device; the next `retain` takes them in."""
+        self.sent, self.sent_nbytes = arrive, positions.numel() * self.entry_bytes
+        self.recall_bytes += self.sent_nbytes
+
     def _recall(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V at positions `wanted` (B, H_kv, c). Over a bus only the entries that are not resident move."""
-        slot, resident = self._resident_slots(wanted)
+        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves."""
+        slot, resident = slots_of(self.positions, wanted)
         padding = F.pad(wanted.diff(dim=2) == 0, (1, 0)) if wanted.shape[2] else resident
         self.num_new = int((~(resident | padding)).sum())
-        self.recall_bytes += self.num_new * self.entry_bytes
         if self.shares_memory:
+            self.recall_bytes += self.num_new * self.entry_bytes
             return select(self.store_k, wanted), select(self.store_v, wanted)
-        missing = (~resident).flatten().nonzero().squeeze(1)
-        return (
-            self._fill(self.k, self.store_k, slot, wanted, missing),
-            self._fill(self.v, self.store_v, slot, wanted, missing),
-        )
+        arrived = self.sent() if self.sent else Arrived(wanted[:, :, :0], self.k[:, :, :0], self.v[:, :, :0])
+        self.sent = None
+        place, ahead = slots_of(arrived.positions, wanted)
+        ahead &= ~resident
+        late = self.num_new - (int((ahead & ~padding).sum()) if arrived.k.shape[2] else 0)
+        self.recall_bytes += late * self.entry_bytes
+        missing = (~(resident | ahead)).flatten().nonzero().squeeze(1)
+        k = self._fill(self.k, self.store_k, slot, wanted, missing)
+        v = self._fill(self.v, self.store_v, slot, wanted, missing)
+        if arrived.k.shape[2]:
+            use = ahead.unsqueeze(-1)
+            k, v = torch.where(use, select(arrived.k, place), k), torch.where(use, select(arrived.v, place), v)
+        return k, v
 
     def _fill(self, buffer: Tensor, store: Tensor, slot: Tensor, wanted: Tensor, missing: Tensor) -> Tensor:
         filled = select(buffer, slot)
         head = torch.arange(wanted.shape[0] * wanted.shape[1], device=wanted.device).view(*wanted.shape[:2], 1)
         source = (wanted + head * store.shape[2]).flatten()[missing].to(store.device)
         rows = store.reshape(-1, store.shape[3]).index_select(0, source)
-        filled.view(-1, store.shape[3])[missing] = rows.to(buffer.device, non_blocking=True)
+        filled.view(-1, store.shape[3])[missing] = sent_over(rows, buffer.device)
         return filled
-
-    def _resident_slots(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Slot of each wanted position (0 where absent) and whether it is resident; both (B, H_kv, c)."""
-        have = self.positions
-        slot = torch.searchsorted(have.contiguous(), wanted.contiguous()).clamp_(max=max(have.shape[2] - 1, 0))
-        resident = have.gather(2, slot) == wanted
-        return slot.masked_fill(~resident, 0), resident
 
     def _shrink(self, needed: int) -> None:
         """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one.
@@ -381,6 +412,11 @@ class TieredCache(Cache):
     @property
     def full_nbytes(self) -> int:
         return sum(layer.full_nbytes for layer in self.layers)
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Scratch that the last entries sent ahead took on the devices."""
+        return sum(layer.sent_nbytes for layer in self.layers)
 
     @property
     def recall_bytes(self) -> int:

@@ -20,6 +20,7 @@ from .cache import CacheGroup, TieredCache
 from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Policy
+from .recall import recall_ahead
 from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
 from .tail_term import BELIEVED_SIMILARITY, tail_term
@@ -99,7 +100,7 @@ class Sequence:
             "target_kv_allocated_bytes": self.target.allocated_nbytes,
             "target_kv_host_bytes": self.target.host_nbytes,
             "draft_kv_bytes": self.draft.nbytes if self.draft else 0,
-            "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0),
+            "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0) + self.target.sent_nbytes,
         }
 
 
@@ -370,10 +371,19 @@ class Decoder:
             else:
                 logits = self.forward(self.draft_model, sequence.draft, pending, self.draft_call(sequence))[-1]
                 token, distribution = self.propose(sequence, logits, generator)
+                if step == 0:
+                    self.recall_ahead(sequence)
                 drafts.append(token)
                 probabilities.append(distribution)
                 pending = [token]
         return drafts, probabilities
+
+    def recall_ahead(self, sequence: Sequence) -> None:
+        """Between a block's first row and the others: what that row asks for leaves the host store already."""
+        oracle, layers = sequence.evidence.oracle, sequence.target.layers
+        crosses = any(layer.shares_memory is False for layer in layers)
+        if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
+            recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))
 
     def begin_draft(self, sequence: Sequence) -> tuple[int, int]:
         """How many drafts this round takes, and how many steps: one more if the last draft's row is read."""

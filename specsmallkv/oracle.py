@@ -130,6 +130,10 @@ class AttentionOracle:
         """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
         return self._saliency(self.block.mean(by_chance)[:, :length], reduction)
 
+    def first_saliency(self, length: int, reduction: str = "mean") -> Tensor:
+        """(L, H_kv, length): of the coming verify block's first row alone, while the others are still to come."""
+        return self._saliency(self.block.values[:, 0, :length].contiguous(), reduction)
+
     def row_saliencies(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
 
