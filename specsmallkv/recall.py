@@ -45,8 +45,9 @@ def recall_ahead(layers: list[TieredLayer], saliency: Tensor) -> None:
         return
     on_host = torch.cat([own.flatten().cpu() for own in positions])  # one layer's wait is all layers'
     for (_, layer), own, host in zip(away, positions, on_host.split([x.numel() for x in positions]), strict=True):
-        job = _worker.submit(_send, layer.store_k, layer.store_v, host.view(own.shape), layer.k.device)
-        layer.send(own, partial(_received, own, job.result))
+        job = partial(_send, layer.store_k, layer.store_v, host.view(own.shape), layer.k.device)
+        beside = layer.k.device.type == "cuda"  # elsewhere a copy is not asynchronous
+        layer.send(own, partial(_received, own, _worker.submit(job).result if beside else job))
 
 
 def _best_evicted(layer: TieredLayer, saliency: Tensor) -> Tensor:
