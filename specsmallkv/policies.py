@@ -189,6 +189,8 @@ class Policy(ABC):
         with_keys = scores[..., : candidates.num_with_keys]
         count = min(sizes.critical - (committed - tail_start), candidates.num_with_keys)
         critical = with_keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+        if not sizes.marginal:
+            return Plan(critical, critical[..., :0], tail_start)
         rest = scores.scatter(-1, critical, -torch.inf)
         marginal = rest.topk(min(sizes.marginal, rest.shape[-1] - count), dim=-1).indices
         order = candidates.positions.gather(-1, marginal).argsort(dim=-1)
