@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..hub_text import load_hub
 from ..prompts import read_rows, read_text
 
 KEY = "task.data_path"
@@ -45,18 +46,7 @@ def hub_rows(source: tuple[str, str | None, str] | None) -> Iterator[Row]:
     if source is None:
         raise UserError(f"{KEY}={HUB} has no rows for this task; docs/benchmarks.md says where its files are.")
     repository, configuration, split = source
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(
-            f"{KEY}={HUB} needs the datasets library; install it with pip install 'specsmallkv[eval]', "
-            "or give a local file."
-        ) from None
-    try:
-        rows = load_dataset(repository, configuration, split=split)
-    except Exception as error:  # offline, gated, moved: the library raises some dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{KEY}={HUB}: {repository} cannot be loaded ({reason}); give a local file.") from None
+    rows = load_hub(f"{KEY}={HUB}", repository, configuration, split)
     for number, row in enumerate(rows, start=1):
         yield f"{repository} row {number}", row
 

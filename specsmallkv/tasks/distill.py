@@ -18,6 +18,7 @@ from ..distill_data import Lessons, cut_conversations, cut_text
 from ..distill_report import agreement, answer_agreement, curve_svg
 from ..distill_text import sample_batch
 from ..errors import UserError
+from ..hub_text import SCHEME, hub_text
 from ..models import ModelPair, fingerprint, load_pair
 from ..prompts import Request, read_requests_file, read_text
 from ..trimmed_head import frequent_tokens
@@ -264,7 +265,8 @@ def train_with_progress(trainer: Trainer, output: Path, facts: dict[str, object]
 
 
 def tokens_of(pair: ModelPair, key: str, path: str) -> list[int]:
-    return pair.tokenizer(read_text(key, path))["input_ids"]
+    content = hub_text(key, path) if path.startswith(SCHEME) else read_text(key, path)
+    return pair.tokenizer(content)["input_ids"]
 
 
 def encode_chat(pair: ModelPair, request: Request) -> list[int]:

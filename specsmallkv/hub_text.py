@@ -1,0 +1,59 @@
+"""Running text from a data set of the hub: `hub:REPOSITORY?config=NAME&split=train&field=text&rows=10000`.
+
+The optional `datasets` library reads it row by row, so that only as much is fetched as is asked for. A local directory
+of JSONL, Parquet or text files is a repository too.
+"""
+
+from typing import Any
+from urllib.parse import parse_qsl
+
+from .errors import UserError
+
+SCHEME = "hub:"
+DEFAULTS = {"config": "", "split": "train", "field": "text", "rows": "10000"}
+
+
+def hub_text(key: str, source: str) -> str:
+    """The first rows' texts, joined by blank lines; rows without any do not count. Raises UserError."""
+    name, options = parse(key, source)
+    rows = load_hub(f"{key}={source}", name, options["config"] or None, options["split"], streaming=True)
+    texts: list[str] = []
+    for row in rows:
+        if not isinstance(row.get(options["field"]), str):
+            raise UserError(
+                f"{key}={source} has no text in field={options['field']}; its fields are {', '.join(row)}."
+            )
+        texts += [row[options["field"]]] if row[options["field"]].strip() else []
+        if len(texts) == int(options["rows"]):
+            break
+    if not texts:
+        raise UserError(f"{key}={source} has no rows with text; give another split or field.")
+    return "\n\n".join(texts)
+
+
+def parse(key: str, source: str) -> tuple[str, dict[str, str]]:
+    """Repository and options of a `hub:` source."""
+    name, _, query = source.removeprefix(SCHEME).partition("?")
+    given = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := [option for option in given if option not in DEFAULTS]:
+        raise UserError(f"{key}={source} has the option {unknown[0]}; choose from {', '.join(DEFAULTS)}.")
+    options = DEFAULTS | given
+    if not name or not options["rows"].isdigit() or int(options["rows"]) < 1:
+        raise UserError(f"{key}={source} is incomplete; write hub:REPOSITORY?field=text&rows=10000.")
+    return name, options
+
+
+def load_hub(where: str, repository: str, configuration: str | None, split: str, streaming: bool = False) -> Any:
+    """Rows of a data set; where: the setting that names it, for a UserError if it cannot be had."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"{where} needs the datasets library; install it with pip install 'specsmallkv[eval]', "
+            "or give a local file."
+        ) from None
+    try:
+        return load_dataset(repository, configuration, split=split, streaming=streaming)
+    except Exception as error:  # offline, gated, moved: the library raises some dozen types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: {repository} cannot be loaded ({reason}); give a local file.") from None
