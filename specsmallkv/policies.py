@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import AttentionMass, attention_probabilities
-from .cache import RESIDENCIES, Candidates, TieredLayer
+from .cache import RESIDENCIES, Candidates, TieredLayer, slots_of
 from .errors import UserError
 from .matching import METHODS, REDUCTIONS
 from .oracle import AttentionOracle
@@ -324,11 +324,12 @@ class DraftPolicy(Policy):
         return evidence.saliency[index].unsqueeze(0).gather(-1, candidates.positions)
 
     def _without_draft(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
-        """What `snapkv` would keep, its wider recent window included."""
+        """What `snapkv` would keep, its wider recent window included; like there, what is gone does not come back."""
         rival = SnapKV(name="snapkv", num_sink_tokens=self.num_sink_tokens)
         scores = rival.score(index, layer, candidates, evidence)
         newest = int(candidates.positions.max()) + self.window_size - rival.window_size
-        return scores.masked_fill(candidates.positions > newest, torch.finfo(scores.dtype).max)
+        scores = scores.masked_fill(candidates.positions > newest, torch.finfo(scores.dtype).max)
+        return scores.masked_fill(~slots_of(layer.positions, candidates.positions)[1], -torch.inf)
 
 
 @dataclass(kw_only=True)
