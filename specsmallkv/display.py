@@ -125,6 +125,18 @@ class Display:
             table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, kept, str(r["scored_tokens"]))
         self.console.print(table)
 
+    def lm_eval(self, results: list[dict[str, Any]]) -> None:
+        """One line per task, policy, budget and metric."""
+        table = Table(title="lm-evaluation-harness", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in ("task", "n", "policy", "kv_budget", "metric", "value", "stderr", "kept"):
+            table.add_column(column, overflow="fold")
+        for r in results:
+            setting = r["name"], str(r["n"]), r["policy"], f"{r['kv_budget']:.4g}"
+            for metric, error in [(key.replace("_stderr", "", 1), key) for key in r if "_stderr" in key]:
+                errors = "" if r[error] is None else f"{r[error]:.4f}"
+                table.add_row(*setting, metric, f"{r[metric]:.4f}", errors, f"{r['kv_budget_effective'] or 1:.1%}")
+        self.console.print(table)
+
     def throughput(self, rows: list[dict[str, Any]]) -> None:
         """One line per system: speed, ratios by wall clock and CPU time, acceptance, bytes, share of the roofline."""
         table = Table(title="decoding", title_justify="left", box=None, padding=(0, 2, 0, 0))

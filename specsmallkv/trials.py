@@ -128,12 +128,16 @@ def matching_prefix(drafts: list[int], following: list[int]) -> int:
 
 @dataclass
 class Base:
-    """What all trials of a text share: the draft with its cache and rows, and the target's cache of the prompt."""
+    """What all trials of a text share: the draft with its cache and rows, and the target's cache of the prompt.
+
+    logits: (V,) behind the prompt, which no policy has touched.
+    """
 
     spec: SpecSmallKV
     decoder: Decoder
     sequence: Sequence
     policies: list[Policy]
+    logits: Tensor
 
     @property
     def context(self) -> int:
@@ -183,17 +187,27 @@ def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: in
     sequence = decoder.start(text[:context], len(text) - context)
     if any(policy.reads_mass for policy in policies):
         sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
-    decoder.prefill(sequence)
+    logits = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
-    return Base(spec, decoder, sequence, policies)
+    return Base(spec, decoder, sequence, policies, logits)
 
 
 def open_trial(base: Base, policy: Policy, budget: float | None = None) -> Trial:
     """A trial with its own copy of the prompt's cache, while the draft's stands at the end of the prompt."""
     decoder = base.spec.decoder(policy=policy)
     sequence = decoder.branch(base.sequence)
-    sequence.draft = None  # the base drafts for all
+    if sequence.evidence.oracle is not None and base.sequence.evidence.oracle is not None:
+        sequence.evidence.oracle.block = base.sequence.evidence.oracle.block  # the base drafts for all
     return Trial(policy, policy.kv_budget if budget is None else budget, decoder, sequence)
+
+
+def read_on(
+    base: Base, policies: list[Policy], text: list[int], gold: bool, progress: Callable[[int], None] | None = None
+) -> list[Trial]:
+    """A trial of each policy that has read the text to its end; `text` begins with the base's prompt."""
+    return run_trials(
+        base, [open_trial(base, policy) for policy in policies], text, gold, progress or (lambda _: None)
+    )
 
 
 def run_trials(
