@@ -38,6 +38,12 @@ def build(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
+def empty(source: str) -> PreTrainedModel:
+    """The same without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(*_parse(source)))
+
+
 def _parse(source: str) -> tuple[str, dict[str, int]]:
     family, _, query = source.removeprefix("random:").partition("?")
     try:

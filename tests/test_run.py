@@ -78,6 +78,7 @@ def arguments(task: str, text_file: Path) -> list[str]:
             "task.systems=[transformers,assisted,full,specsmallkv+draft]",
         ],
         "lm_eval": ["task.tasks=[own]", f"task.include_path={text_file.parent}"],
+        "plan": [],
         "chat": ["max_new_tokens=2"],  # the fixture types for it
         "report": [f"task.dir={text_file.parent}"],
     }[task]
