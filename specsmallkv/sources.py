@@ -19,7 +19,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import (
+    Gemma2ForCausalLM,
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
@@ -31,7 +33,8 @@ from .config import PACKAGE
 from .errors import UserError
 
 ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
-    model.__name__: model for model in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    model.__name__: model
+    for model in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM, Gemma2ForCausalLM)
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # no pickles, no code
@@ -105,14 +108,10 @@ def model_class(raw: dict[str, Any], source: str) -> type[PreTrainedModel]:
 
 
 def typed_config(directory: Path, source: str) -> PreTrainedConfig:
-    """The checked config of a supported model; full attention in every layer."""
+    """The checked config of a supported model."""
     config = model_class(read_config(directory, source), source).config_class.from_pretrained(directory)
-    sliding = sum(kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ())
-    if sliding:
-        raise UserError(
-            f"{sliding} of the {config.num_hidden_layers} layers of {source} use sliding-window attention, "
-            "which is not supported; use a model with full attention in every layer."
-        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(f"{source} attends in both directions, so it cannot decode; use a causal language model.")
     return config
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..attention import layer_windows
 from ..config import RunConfig
 from ..decode import Decoder
 from ..display import Display
@@ -46,23 +47,25 @@ class Plan:
         seen, held, full = self._fullest_pass(context, new_tokens)
         last = self._last_event(context, context + new_tokens - 1)
         host = self._host_bytes(last)
-        draft = kv_bytes(self.draft, seen, self.dtype) if self.draft is not None else 0
+        draft = kv_bytes(self.draft, seen, self.dtype, "all") if self.draft is not None else 0
         scratch, capacity = self._scratch(context, new_tokens)
         each = {
             "target_kv_bytes": held,
             "target_kv_bytes_full": full,
-            "target_kv_prefill_bytes": kv_bytes(self.target, capacity, self.dtype),
+            "target_kv_prefill_bytes": kv_bytes(self.target, capacity, self.dtype, "all"),
             "target_kv_host_bytes": host,
+            "target_kv_window_bytes": self._window_bytes(last, seen),
             "draft_kv_bytes": draft,
             "scratch_bytes": scratch,
         }
         row = {key: count * batch_size for key, count in each.items()}
         row |= {"target_weight_bytes": self.target_weight_bytes, "draft_weight_bytes": self.draft_weight_bytes}
+        windows = row["target_kv_window_bytes"]
         own = ("target_weight_bytes", "draft_weight_bytes", "target_kv_bytes", "draft_kv_bytes", "scratch_bytes")
         return row | {
-            "kv_budget_effective": held / full,
-            "device_bytes": sum(row[key] for key in own),
-            "device_bytes_full": self.target_weight_bytes + row["target_kv_bytes_full"],
+            "kv_budget_effective": held / max(full, 1),
+            "device_bytes": windows + sum(row[key] for key in own),
+            "device_bytes_full": windows + self.target_weight_bytes + row["target_kv_bytes_full"],
         }
 
     def break_even(self, new_tokens: int, batch_size: int) -> int | None:
@@ -106,7 +109,7 @@ class Plan:
         """Bytes on the device with `seen` tokens read, those since the last eviction waiting in the tail."""
         if not self.policy.due(event):
             return kv_bytes(self.target, seen, self.dtype)
-        config, num_layers, units = self.target.config, self.target.config.num_hidden_layers, 0.0
+        config, num_layers, units = self.target.config, layer_windows(self.target.config).count(None), 0.0
         for index in range(num_layers):
             sizes = self.policy.tiers(event, index, num_layers)
             critical = sizes.critical
@@ -115,6 +118,14 @@ class Plan:
                 critical = min(event, critical + self.num_draft_tokens * chosen)
             units += critical + sizes.marginal / 2 + seen - event
         return int(units * entry_bytes(config, self.dtype))
+
+    def _window_bytes(self, event: int, seen: int) -> int:
+        """Of layers with a sliding window, which drop in blocks what no window reaches: at most."""
+        waiting = self.policy.evict_block + self.num_draft_tokens + 1
+        slides = self.policy.due(event)
+        windows = [window for window in layer_windows(self.target.config) if window is not None]
+        tokens = sum(min(seen, window + waiting) if slides else seen for window in windows)
+        return tokens * entry_bytes(self.target.config, self.dtype)
 
     def _last_event(self, context: int, end: int) -> int:
         return self._events(context, end)[-1]
@@ -149,9 +160,10 @@ def entry_bytes(config: Any, dtype: torch.dtype) -> int:
     return 2 * config.num_key_value_heads * head_dim * dtype.itemsize
 
 
-def kv_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> int:
-    """A full cache of so many tokens."""
-    return model.config.num_hidden_layers * entry_bytes(model.config, dtype) * tokens
+def kv_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype, layers: str = "budgeted") -> int:
+    """A full cache of so many tokens: of the layers that a budget is about, or of "all"."""
+    count = model.config.num_hidden_layers if layers == "all" else layer_windows(model.config).count(None)
+    return count * entry_bytes(model.config, dtype) * tokens
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype, packed: bool) -> int:
