@@ -153,6 +153,7 @@ def test_what_cannot_read_windows_is_refused(gemma, tmp_path):
     with pytest.raises(UserError, match=r"model\.attention=flash does not support sliding windows"):
         check_model("flash", gemma.config)
     source = f"model.target='random:gemma2?window={WINDOW}'"
-    for task in ("generate report=true prompt=x", "throughput", f"distill task.text_files=[{__file__}] task.output_dir={tmp_path}"):
+    distilled = f"distill task.text_files=[{__file__}] task.output_dir={tmp_path}"
+    for task in ("generate report=true prompt=x", "throughput", distilled):
         with pytest.raises(UserError, match="sliding windows"):
             run_task("+model=tiny-random", source, f"run_dir={tmp_path}", *f"task={task}".split(), "quiet=true")
