@@ -136,11 +136,11 @@ def test_a_greedy_continuation_is_told_as_such(lm, reference):
     """Otherwise equality of two lists of `false` would prove nothing."""
     contexts = [LONG[:length] for length in range(60, 160) if LONG[length - 1] != " "]
     said = reference.generate_until(requests(*((x, {"max_gen_toks": 1, "until": []}) for x in contexts)), True)
-    pairs = requests(
-        *((context, next_) for context, next_ in zip(contexts, said, strict=True) if next_ and next_.isascii())
-    )
+    greedy = [(context, next_) for context, next_ in zip(contexts, said, strict=True) if next_ and next_.isascii()]
+    pairs = requests(*greedy[:6], *((context, "#") for context in contexts[:3]))
     theirs = [greedy for _, greedy in reference.loglikelihood(pairs, disable_tqdm=True)]
-    assert [greedy for _, greedy in lm().loglikelihood(pairs)] == theirs and any(theirs)
+    assert [greedy for _, greedy in lm().loglikelihood(pairs)] == theirs
+    assert any(theirs) and not all(theirs)
 
 
 def test_rolling_likelihoods_at_budget_one_are_the_harness_own(lm, reference):
@@ -155,6 +155,13 @@ def test_texts_at_budget_one_are_the_harness_own(lm, reference, drafts):
     ours = lm(drafts=drafts).generate_until(requests(*WRITTEN))
     assert ours == reference.generate_until(requests(*WRITTEN), disable_tqdm=True)
     assert "" not in ours
+
+
+def test_a_text_ends_before_its_first_stop_string_as_in_the_harness(lm, reference):
+    (whole,) = reference.generate_until(requests((LONG, {"max_gen_toks": 40, "until": []})), disable_tqdm=True)
+    stopped = requests((LONG, {"max_gen_toks": 40, "until": ["never there", whole[12:14]]}))
+    (theirs,) = reference.generate_until(stopped, disable_tqdm=True)
+    assert lm().generate_until(stopped) == [theirs] and theirs == whole[: whole.index(whole[12:14])]
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "smallkv", "specsmallkv", "h2o", "oracle"])

@@ -1,9 +1,13 @@
 """task=plan: what it says without weights is what a run then counts from its tensors."""
 
 import pytest
-from conftest import run_task
+import torch
+from conftest import run_task, tiny_model
 
 from specsmallkv import UserError, random_model, sources
+from specsmallkv.linear import pack_linears
+from specsmallkv.models import _weight_bytes
+from specsmallkv.tasks.plan import weight_bytes
 
 KEYS = (
     *("target_weight_bytes", "draft_weight_bytes", "target_kv_bytes", "target_kv_bytes_full"),
@@ -77,6 +81,14 @@ def test_weights_are_counted_as_loaded_in_half_precision_too(linear, tmp_path):
     assert (plan["dtype"], plan["linear"]) == ("bfloat16", linear)
     for key in ("target_weight_bytes", "draft_weight_bytes"):
         assert plan[key] == run[key]
+
+
+def test_a_packed_head_is_counted_beside_the_embedding_that_it_shares():
+    model = tiny_model().bfloat16()
+    planned, unpacked = (weight_bytes(model, torch.bfloat16, packed) for packed in (True, False))
+    assert unpacked == _weight_bytes(model) < planned
+    pack_linears(model)
+    assert planned == _weight_bytes(model)
 
 
 def test_the_pair_breaks_even_where_it_is_said_to():
