@@ -26,6 +26,21 @@ FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis
 MASS_BLOCK = 2**20  # probabilities that exist at once while columns are summed
 
 
+class Scaling(float):
+    """Factor of the attention scores; with `softcap` c (Gemma2) a scaled score s becomes c tanh(s / c)."""
+
+    softcap: float | None
+
+    def __new__(cls, value: float, softcap: float | None = None) -> "Scaling":
+        scaling = super().__new__(cls, value)
+        scaling.softcap = softcap
+        return scaling
+
+
+def softcap_of(scaling: float) -> float | None:
+    return scaling.softcap if isinstance(scaling, Scaling) else None
+
+
 class AttentionRows:
     """Attention probabilities of all heads of one model for a run of consecutive query positions.
 
@@ -113,6 +128,8 @@ class AttentionMass:
 
     def add(self, index: int, layer: TieredLayer, query: Tensor, scaling: float, rows: int | None = None) -> None:
         """Count those of the last queries (1, H_q, q, D) of a layer that are new, `rows` at a time."""
+        if layer.window is not None:  # outside of the budget
+            return
         length, slots = query.shape[2], layer.num_slots
         new = min(length, layer.seen - self._counted.get(index, 0))
         step = rows or max(1, MASS_BLOCK // (query.shape[1] * slots))
@@ -130,6 +147,8 @@ class AttentionMass:
     def commit(self, layers: list[TieredLayer], scaling: float) -> None:
         """Count the pending queries that were not rolled back; one by one, so that blocks never matter."""
         for index, queries in self.pending.items():
+            if layers[index].window is not None:
+                continue
             accepted = layers[index].seen - self._counted[index]
             self.add(index, layers[index], queries[:, :, :accepted], scaling, rows=1)
         self.pending = {}
@@ -160,8 +179,26 @@ def fold(query: Tensor, num_kv_heads: int) -> Tensor:
     return query.reshape(query.shape[0], num_kv_heads, -1, query.shape[3])
 
 
+def window_mask(layer: TieredLayer, num_queries: int, end: int | None = None) -> Tensor | None:
+    """(1, H_kv, q, n) bool of a sliding-window layer: the last queries before position `end` and the slots up to it.
+
+    None where every query sees all that is before it, as in other layers.
+    """
+    end = layer.seen if end is None else end
+    if layer.window is None or end - layer.tail_start <= layer.window:
+        return None
+    positions = torch.arange(layer.tail_start, end, device=layer.k.device)
+    distance = positions[-num_queries:, None] - positions
+    return ((distance >= 0) & (distance < layer.window)).expand(1, layer.k.shape[1], -1, -1)
+
+
 def visible(layer: TieredLayer, num_queries: int) -> Tensor | None:
-    """(B, H_kv, q, num_slots) bool: kept tokens as `row_mask` says, the tail causally; None without a row mask."""
+    """(B, H_kv, q, num_slots) bool: kept tokens as `row_mask` says, the tail causally; None without a row mask.
+
+    In a sliding-window layer, which keeps no others, the window's tokens.
+    """
+    if layer.window is not None:
+        return window_mask(layer, num_queries)
     if layer.row_mask is None:
         return None
     assert layer.row_mask.shape[2] == num_queries, "sets were planned for another number of queries"
@@ -193,6 +230,8 @@ def attention_probabilities(query: Tensor, keys: Tensor, scaling: float, mask: T
     """
     query_, keys_ = widened(fold(query, keys.shape[1]), keys)
     scores = (query_ @ keys_.transpose(2, 3)).float() * scaling
+    if (softcap := softcap_of(scaling)) is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.view(*query.shape[:3], keys.shape[2])
     if mask is not None:
         scores = scores.masked_fill(~mask.repeat_interleave(query.shape[1] // keys.shape[1], dim=1), -torch.inf)
@@ -211,15 +250,25 @@ def reference_attention(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None
 ) -> Tensor:
     """Softmax attention written out in float32; the yardstick for every other backend."""
-    probabilities = attention_probabilities(query.float(), keys.float(), scaling, mask)
-    return weighted_values(probabilities, values.float()).to(query.dtype)
+    query, keys_, values_ = query.float(), keys.float(), values.float()
+    num_queries, length = query.shape[2], keys.shape[2]
+    step, parts = max(1, MASS_BLOCK // (query.shape[1] * length)), []
+    for first in range(0, num_queries, step):
+        last = min(first + step, num_queries)
+        end = length if mask is not None else length - num_queries + last  # later keys are not seen
+        own = None if mask is None else mask[:, :, first:last]
+        probabilities = attention_probabilities(query[:, :, first:last], keys_[:, :, :end], scaling, own)
+        parts.append(weighted_values(probabilities, values_[:, :, :end]))
+    return torch.cat(parts, dim=2).to(values.dtype)
 
 
 def sdpa_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """torch's fused attention; storage is GQA-native, so no head is ever repeated."""
+    """torch's fused attention; storage is GQA-native, so no head is ever repeated. It knows no soft cap."""
+    if softcap_of(scaling) is not None:
+        return reference_attention(query, keys, values, scaling, mask)
     q, n = query.shape[2], keys.shape[2]
-    if mask is None and q > FOLD_LIMIT:
-        mask = None if q == n else causal_mask(q, n, keys.device)
+    if q > FOLD_LIMIT and (mask is None or mask.stride(1) == 0):  # a window's mask is the same for all heads
+        mask = mask[:, :1] if mask is not None else None if q == n else causal_mask(q, n, keys.device)
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
@@ -265,7 +314,7 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     if call.mass:
         call.mass.add(index, layer, query, scaling)
     keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
-    mask = None if call.everything else visible(layer, query.shape[2])
+    mask = None if call.everything and layer.window is None else visible(layer, query.shape[2])
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
     if call.rows and count:
         recorded = None if mask is None else mask[:, :, -count:]
@@ -297,6 +346,7 @@ def tiered_attention(
     dropout: float = 0.0,  # the sixth parameter by position: kvpress wraps this call
     scaling: float | None = None,
     attention_call: Any = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every layer; plain tensors (any other cache) go to its own SDPA.
@@ -307,7 +357,7 @@ def tiered_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scale = Scaling(query.shape[3] ** -0.5 if scaling is None else scaling, softcap)
     index: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(key, LayerGroup):
         output = attend_rows(key, index, query, scale, attention_call)
@@ -329,6 +379,40 @@ def choose_backend(requested: str, device: torch.device) -> str:
     if requested == "flash":
         _require_flash(device)
     return requested
+
+
+def check_model(backend: str, config: Any) -> None:
+    """UserError if the backend cannot do what this model's attention needs."""
+    if backend == "flash":
+        refuse_windows("model.attention=flash", config)
+
+
+def refuse_windows(what: str, *configs: Any) -> None:
+    """UserError for models with sliding windows or capped scores, from what only knows plain attention."""
+    for config in configs:
+        if any(layer_windows(config)) or getattr(config, "attn_logit_softcapping", None):
+            raise UserError(
+                f"{what} does not support sliding windows or capped scores, which this {config.model_type} model has; "
+                "use another model."
+            )
+
+
+def attention_scaling(config: Any) -> Scaling:
+    """1 / sqrt(head_dim), as Llama, Mistral and Qwen scale their scores; Gemma2 names its own and caps them."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim
+    return Scaling(scalar**-0.5, getattr(config, "attn_logit_softcapping", None))
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """Of each layer, how many tokens its queries see, themselves included; None for all before them."""
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:  # then no text is longer than the window
+        return [None] * num_layers
+    if config.model_type == "mistral":  # its layers are all alike
+        return [window] * num_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def check_selection(backend: str, selection: str) -> None:

@@ -88,6 +88,8 @@ class TieredLayer(CacheLayerMixin):
     resident_capacity: slots of the buffer that replaces it then; None keeps the first one for good.
     residency: "drop" frees what is not kept; "offload" keeps all of it in a host store of `capacity` tokens.
     host: device of that store.
+    window: of a sliding-window layer, whose queries see so many tokens, themselves included. It stays exact, outside
+    of every budget: nothing is kept but the tail, which `slide` shortens to what a window can still reach.
     """
 
     is_sliding = False
@@ -95,9 +97,15 @@ class TieredLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, capacity: int, resident_capacity: int | None = None, residency: str = "drop", host: str = "cpu"
+        self,
+        capacity: int,
+        resident_capacity: int | None = None,
+        residency: str = "drop",
+        host: str = "cpu",
+        window: int | None = None,
     ):
         super().__init__()
+        self.window = window
         assert residency in RESIDENCIES, f"residency is {residency!r}, expected one of {RESIDENCIES}"
         self.capacity, self.resident_capacity = capacity, resident_capacity
         self.residency, self.host = residency, host
@@ -262,6 +270,14 @@ class TieredLayer(CacheLayerMixin):
         self.marginal_weights = self.tail_term = None
         self.row_mask = row_mask
 
+    def slide(self, room: int) -> None:
+        """Drop the tokens that no window reaches any more, once they are `room` or more; `room` more may come."""
+        assert self.window is not None
+        start = self.seen - self.window + 1  # what the next token's window begins with
+        if start - self.tail_start >= room:
+            nothing = self.kept_positions
+            self.retain(nothing, nothing, start, room=room)
+
     def _flush(self, tail_start: int) -> None:
         """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
         if not self.store_k.numel():
@@ -371,11 +387,22 @@ class TieredCache(Cache):
     layers: list[TieredLayer]
 
     def __init__(
-        self, num_layers: int, capacity: int, resident_capacity: list[int] | None = None, **layer_options: Any
+        self,
+        num_layers: int,
+        capacity: int,
+        resident_capacity: list[int] | None = None,
+        windows: list[int | None] | None = None,
+        **layer_options: Any,
     ):
-        """resident_capacity: one per layer; the other options are alike for all."""
-        slots = resident_capacity or [capacity] * num_layers
-        super().__init__(layers=[TieredLayer(capacity, slots[i], **layer_options) for i in range(num_layers)])
+        """resident_capacity, windows: one per layer; the other options are alike for all."""
+        slots, windows = resident_capacity or [capacity] * num_layers, windows or [None] * num_layers
+        kinds = [layer_options if window is None else {"window": window} for window in windows]
+        super().__init__(layers=[TieredLayer(capacity, slots[i], **kinds[i]) for i in range(num_layers)])
+
+    @property
+    def budgeted(self) -> list[TieredLayer]:
+        """The layers that a budget is about: all but those with a sliding window."""
+        return [layer for layer in self.layers if layer.window is None]
 
     @property
     def seen(self) -> int:
@@ -399,7 +426,17 @@ class TieredCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.budgeted)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes in use of all layers."""
+        return self.nbytes + self.window_nbytes
+
+    @property
+    def window_nbytes(self) -> int:
+        """Bytes in use of the sliding-window layers."""
+        return sum(layer.nbytes for layer in self.layers if layer.window is not None)
 
     @property
     def allocated_nbytes(self) -> int:
@@ -411,7 +448,7 @@ class TieredCache(Cache):
 
     @property
     def full_nbytes(self) -> int:
-        return sum(layer.full_nbytes for layer in self.layers)
+        return sum(layer.full_nbytes for layer in self.budgeted)
 
     @property
     def sent_nbytes(self) -> int:
@@ -423,9 +460,14 @@ class TieredCache(Cache):
         return sum(layer.recall_bytes for layer in self.layers)
 
     def kept_per_layer(self) -> list[dict[str, int]]:
-        """Per layer: critical (K and V, tail included), marginal (V only) and total tokens of each KV head."""
+        """Per layer: critical (K and V, tail included), marginal (V only) and total tokens of each KV head.
+
+        A sliding-window layer also has its window.
+        """
         return [
-            {"critical": layer.num_slots, "marginal": layer.num_marginal, "total": layer.seen} for layer in self.layers
+            {"critical": layer.num_slots, "marginal": layer.num_marginal, "total": layer.seen}
+            | ({} if layer.window is None else {"window": layer.window})
+            for layer in self.layers
         ]
 
 

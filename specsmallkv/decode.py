@@ -15,8 +15,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import AttentionCall, AttentionMass, AttentionRows, check_selection, use_tiered_attention
+from .attention import (
+    AttentionCall,
+    AttentionMass,
+    AttentionRows,
+    attention_scaling,
+    check_model,
+    check_selection,
+    layer_windows,
+    use_tiered_attention,
+)
 from .cache import CacheGroup, TieredCache
+from .errors import UserError
 from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Policy
@@ -99,7 +109,8 @@ class Sequence:
             "target_kv_bytes_full": self.target.full_nbytes,
             "target_kv_allocated_bytes": self.target.allocated_nbytes,
             "target_kv_host_bytes": self.target.host_nbytes,
-            "draft_kv_bytes": self.draft.nbytes if self.draft else 0,
+            "target_kv_window_bytes": self.target.window_nbytes,
+            "draft_kv_bytes": self.draft.held_nbytes if self.draft else 0,
             "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0) + self.target.sent_nbytes,
         }
 
@@ -128,7 +139,10 @@ class Decoder:
         self.sampler, self.attention, self.head_map = sampler or Sampler(), attention, head_map
         check_selection(attention, policy.selection)
         self.device, self.vocab_size = target.device, target.config.vocab_size
+        self.windows = layer_windows(target.config)
+        check_budget(policy, self.windows)
         for model in filter(None, (target, self.draft_model)):
+            check_model(attention, model.config)
             use_tiered_attention(model)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -201,9 +215,9 @@ class Decoder:
         """Caches and scratch for one sequence."""
         limit, num_layers = len(prompt) + max_new_tokens, self.target.config.num_hidden_layers
         room, resident = self._room(limit, max_new_tokens)
-        target = TieredCache(num_layers, limit + room, resident, residency=self.policy.residency)
-        draft = TieredCache(self.draft_model.config.num_hidden_layers, limit + room) if self.draft_model else None
-        evidence = Evidence(attention_scaling(self.target), num_layers, oracle=self._oracle(room, limit + room))
+        target = TieredCache(num_layers, limit + room, resident, self.windows, residency=self.policy.residency)
+        draft = full_cache(self.draft_model, limit + room) if self.draft_model else None
+        evidence = Evidence(attention_scaling(self.target.config), self.budgeted, self._oracle(room, limit + room))
         evidence.mass = AttentionMass(limit + room) if self.policy.reads_mass else None
         return Sequence(list(prompt), limit, target, draft, evidence, evicted_at=len(prompt))
 
@@ -577,9 +591,17 @@ class Decoder:
         room = min(self.num_draft_tokens, max_new_tokens) + 1
         if not self.policy.evicts:
             return room, None
-        num_layers = self.target.config.num_hidden_layers
-        critical = [self.policy.tiers(limit, index, num_layers).critical for index in range(num_layers)]
-        return room, [min(count, limit) + self._waiting for count in critical]
+        places = {layer: place for place, layer in enumerate(self.budgeted)}
+        sizes = [
+            self.policy.tiers(limit, places[index], len(places)).critical if window is None else window + self._waiting
+            for index, window in enumerate(self.windows)
+        ]
+        return room, [min(count, limit) + self._waiting for count in sizes]
+
+    @property
+    def budgeted(self) -> list[int]:
+        """The target's layers that a budget is about: all but those with a sliding window."""
+        return [index for index, window in enumerate(self.windows) if window is None]
 
     @property
     def _waiting(self) -> int:
@@ -606,13 +628,16 @@ class Decoder:
 
     def _retain(self, sequence: Sequence, room: int = 0) -> None:
         """room: tokens that are appended before the next call, if more than what one verify block needs."""
-        layers = sequence.target.layers
+        layers = sequence.target.budgeted
         evidence = {device: evidence_on(device, sequence.evidence) for device in {layer.k.device for layer in layers}}
         plans = [
             self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at)
-            for index, layer in enumerate(layers)
+            for index, layer in zip(self.budgeted, layers, strict=True)
         ]
         start = time.perf_counter()
+        for layer in sequence.target.layers:
+            if layer.window is not None:
+                layer.slide(self._waiting)
         for layer, plan in zip(layers, plans, strict=True):
             layer.retain(*plan, room=room)
         sequence.counters.recall_seconds += time.perf_counter() - start
@@ -625,7 +650,7 @@ class Decoder:
         believed = oracle.believed_heads(BELIEVED_SIMILARITY)
         believed_layers = believed.any(dim=1).tolist()
         for index, predicted in enumerate(oracle.predictions()):
-            if not believed_layers[index]:
+            if not believed_layers[index] or self.windows[index] is not None:
                 continue  # `retain` left it without a term
             layer = sequence.target.layers[index]
             device = layer.k.device
@@ -720,11 +745,18 @@ def evidence_on(device: torch.device, evidence: Evidence) -> Evidence:
     return replace(evidence, saliency=evidence.saliency.to(device))
 
 
-def attention_scaling(model: PreTrainedModel) -> float:
-    """1 / sqrt(head_dim), as Llama, Qwen2 and Qwen3 scale their scores."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return head_dim**-0.5
+def full_cache(model: PreTrainedModel, capacity: int) -> TieredCache:
+    """A cache that never evicts, e.g. the draft's."""
+    return TieredCache(model.config.num_hidden_layers, capacity, windows=layer_windows(model.config))
+
+
+def check_budget(policy: Policy, windows: list[int | None]) -> None:
+    """UserError where a policy would compress nothing, since the model keeps a sliding window in every layer."""
+    if policy.evicts and all(windows):
+        raise UserError(
+            f"policy={policy.name} with kv_budget={policy.kv_budget} compresses nothing: all {len(windows)} layers of "
+            f"the target see a sliding window of {windows[0]} tokens, which stays exact; use policy=full."
+        )
 
 
 def until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:

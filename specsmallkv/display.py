@@ -125,6 +125,42 @@ class Display:
             table.add_row(r["policy"], f"{r['kv_budget']:.4g}", *numbers, kept, str(r["scored_tokens"]))
         self.console.print(table)
 
+    def lm_eval(self, results: list[dict[str, Any]]) -> None:
+        """One line per task, policy, budget and metric."""
+        table = Table(title="lm-evaluation-harness", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in ("task", "n", "policy", "kv_budget", "metric", "value", "stderr", "kept"):
+            table.add_column(column, overflow="fold")
+        for r in results:
+            setting = r["name"], str(r["n"]), r["policy"], f"{r['kv_budget']:.4g}"
+            for metric, error in [(key.replace("_stderr", "", 1), key) for key in r if "_stderr" in key]:
+                errors = "" if r[error] is None else f"{r[error]:.4f}"
+                table.add_row(*setting, metric, f"{r[metric]:.4f}", errors, f"{r['kv_budget_effective'] or 1:.1%}")
+        self.console.print(table)
+
+    def plan(self, record: dict[str, Any]) -> None:
+        """Where the bytes of a run would go."""
+        batch, tokens = record["batch_size"], f"{record['prompt_tokens']} + {record['max_new_tokens']} tokens"
+        table = Table(title=f"{title(record)}: {batch} x {tokens}, {record['dtype']}", title_justify="left", box=None)
+        table.add_column("device")
+        table.add_column("planned", justify="right")
+        names = {
+            "target weights": "target_weight_bytes",
+            "draft weights": "draft_weight_bytes",
+            "target KV": "target_kv_bytes",
+            "draft KV": "draft_kv_bytes",
+            "scratch": "scratch_bytes",
+            "in all": "device_bytes",
+            "target alone, full cache": "device_bytes_full",
+            "full KV": "target_kv_bytes_full",
+            "target KV while the prompt is read": "target_kv_prefill_bytes",
+            "host store": "target_kv_host_bytes",
+        }
+        for name, key in names.items():
+            table.add_row(name, size(record[key]))
+        even = record["break_even_context_tokens"]
+        table.add_row("the pair breaks even at", "never" if even is None else f"{even} tokens")
+        self.console.print(table)
+
     def throughput(self, rows: list[dict[str, Any]]) -> None:
         """One line per system: speed, ratios by wall clock and CPU time, acceptance, bytes, share of the roofline."""
         table = Table(title="decoding", title_justify="left", box=None, padding=(0, 2, 0, 0))

@@ -43,6 +43,7 @@ MEMORY_FIGURES = (
     "kv_budget_effective",
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
+    "target_kv_window_bytes",
     "draft_kv_bytes",
     "scratch_bytes",
     "recall_bytes",

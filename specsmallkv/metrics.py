@@ -64,10 +64,14 @@ def _read(layer: TieredLayer, num_queries: int) -> Tensor:
 
 @dataclass
 class Scores:
-    """Per scored position: KL, agreement of the argmax, negative log-likelihood of the text under both caches."""
+    """Per scored position: KL, agreement of the argmax, negative log-likelihood of the text under both caches.
+
+    greedy: whether the text's token is the one that greedy decoding would have chosen.
+    """
 
     kl: list[float] = field(default_factory=list)
     agrees: list[bool] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     nll_full: list[float] = field(default_factory=list)
 
@@ -77,6 +81,7 @@ class Scores:
         index = torch.tensor(following, device=logits.device).unsqueeze(1)
         self.kl += kl_divergence(full, ours).tolist()
         self.agrees += (ours.argmax(-1) == full.argmax(-1)).tolist()
+        self.greedy += (ours.argmax(-1) == index.squeeze(1)).tolist()
         self.nll += (-ours.gather(1, index)).squeeze(1).tolist()
         self.nll_full += (-full.gather(1, index)).squeeze(1).tolist()
 

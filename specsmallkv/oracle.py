@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .attention import AttentionRows, attention_probabilities
+from .attention import AttentionRows, attention_probabilities, window_mask
 from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
 
@@ -65,7 +65,8 @@ class AttentionOracle:
         self._fit.add_draft(draft_rows)
         history = []
         for index, layer in enumerate(cache.layers):
-            rows = attention_probabilities(queries[index], layer.keys[:, :, :length], scaling)[0]
+            mask = window_mask(layer, queries[index].shape[2], length)
+            rows = attention_probabilities(queries[index], layer.keys[:, :, :length], scaling, mask)[0]
             rows = rows.to(draft_rows.device)  # layers may be spread over several
             self._fit.add_layer(index, rows, None if self.history is None else self.history[index])
             history.append(pooled_history(rows))

@@ -27,18 +27,27 @@ class Evidence:
     queries: the target's observation window per layer, (1, H_q, W, D). frozen: per layer, a policy's own memory.
     saliency: (L, H_kv, N) from the draft, for policies that ask for it; (L, H_kv, q, N), one per query of the coming
     verify pass, under `selection=query`. scaling: of the target's attention scores.
-    mass: the target's accumulated attention, for policies that ask for it. num_layers: of the target.
+    mass: the target's accumulated attention, for policies that ask for it. budgeted: the target's layers that the
+    budget is about; one with a sliding window is none of them.
     foreseen: by number of rows, the sum (M, N) of the draft's rows behind the prompt; all forks share it.
     """
 
     scaling: float
-    num_layers: int = 1
+    budgeted: list[int] = field(default_factory=lambda: [0])
+    oracle: AttentionOracle | None = None
     queries: dict[int, Tensor] = field(default_factory=dict)
     frozen: dict[int, Tensor] = field(default_factory=dict)
     saliency: Tensor | None = None
-    oracle: AttentionOracle | None = None
     mass: AttentionMass | None = None
     foreseen: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.budgeted)
+
+    def place(self, index: int) -> int:
+        """Of layer `index` among those that share the budget."""
+        return self.budgeted.index(index) if index in self.budgeted else index
 
     @property
     def trusts_draft(self) -> bool:
@@ -181,7 +190,7 @@ class Policy(ABC):
         evicted_at: committed length of the last eviction event, None for now; tokens since then wait in the tail.
         """
         committed = layer.seen if evicted_at is None else evicted_at
-        sizes = self.tiers(committed, index, evidence.num_layers)
+        sizes = self.tiers(committed, evidence.place(index), evidence.num_layers)
         tail_start = committed - min(self.window_size, committed)
         candidates = layer.candidates(tail_start)
         scores = self.score(index, layer, candidates, evidence)
@@ -283,7 +292,7 @@ class H2O(Policy):
 
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         assert evidence.mass is not None, "the mass is counted from the prompt on"
-        critical = self.tiers(layer.seen, index, evidence.num_layers).critical
+        critical = self.tiers(layer.seen, evidence.place(index), evidence.num_layers).critical
         recent = min(int(self.recent_share * critical), critical - self.num_sink_tokens)
         mass = evidence.mass.sums[index].gather(-1, candidates.positions)
         return mass.masked_fill(candidates.positions >= layer.seen - recent, torch.finfo(mass.dtype).max)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from .errors import UserError
 from .tokenizer import BYTE_SPECIALS, BYTE_VOCAB_SIZE
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 DEFAULTS = {
     "layers": 2,
     "hidden": 64,
@@ -22,7 +22,11 @@ DEFAULTS = {
     "intermediate": 128,
     "vocab": BYTE_VOCAB_SIZE,
     "context": 8192,
+    "window": 0,  # of sliding-window layers: mistral's are all of the kind, gemma2's every other one; 0: none
     "seed": 0,
+}
+OWN_OPTIONS = {  # of families
+    "gemma2": {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0, "query_pre_attn_scalar": 24},
 }
 LOGIT_SCALE = 1.6  # standard deviation of a layer's output for a normalised input
 
@@ -36,6 +40,12 @@ def build(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         weight.data = weight.data.to(dtype)
     model.config.dtype = dtype
     return model
+
+
+def empty(source: str) -> PreTrainedModel:
+    """The same without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(*_parse(source)))
 
 
 def _parse(source: str) -> tuple[str, dict[str, int]]:
@@ -56,7 +66,7 @@ def _parse(source: str) -> tuple[str, dict[str, int]]:
 
 
 def _check(source: str, sizes: dict[str, int]) -> None:
-    if zero := [key for key, value in sizes.items() if value < 1 and key != "seed"]:
+    if zero := [key for key, value in sizes.items() if value < 1 and key not in ("seed", "window")]:
         raise _refusal(source, f"{zero[0]} must be positive")
     if sizes["hidden"] % (2 * sizes["heads"]):
         raise _refusal(source, "hidden must be an even multiple of heads")
@@ -72,6 +82,8 @@ def _refusal(source: str, reason: str) -> UserError:
 
 
 def _config(family: str, sizes: dict[str, int]) -> PreTrainedConfig:
+    no_window = {"mistral": None, "gemma2": sizes["context"]}  # gemma2 must have one
+    slides = {"sliding_window": sizes["window"] or no_window[family]} if family in no_window else {}
     return AutoConfig.for_model(
         family,
         num_hidden_layers=sizes["layers"],
@@ -86,6 +98,8 @@ def _config(family: str, sizes: dict[str, int]) -> PreTrainedConfig:
         eos_token_id=256 + BYTE_SPECIALS.index("<|im_end|>"),
         pad_token_id=256 + BYTE_SPECIALS.index("<|endoftext|>"),
         tie_word_embeddings=False,
+        **slides,
+        **OWN_OPTIONS.get(family, {}),
     )
 
 

@@ -24,6 +24,7 @@ IDENTITY = (
 MEASURED = (
     *("kv_budget_effective", "kv_share_mean", "total_share_mean", "kl_mean", "kl_median", "top1_agreement", "nll"),
     *("attention_recall", "accuracy", "correct", "answered", "total", "tokens_per_second", "decode_tokens_per_second"),
+    *("n", "acc", "acc_stderr", "acc_norm", "exact_match", "word_perplexity"),
     *("ratio_to_full", "ttft_seconds", "acceptance_rate", "acceptance_length", "target_kv_bytes"),
     *("target_kv_bytes_full", "target_kv_host_bytes", "draft_kv_bytes", "draft_weight_bytes", "scratch_bytes"),
     *("recall_bytes", "new_per_round", "peak_memory_bytes", "error"),

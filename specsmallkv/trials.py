@@ -59,9 +59,10 @@ class Trial:
 
     def weigh(self, draft: TieredCache | None) -> None:
         """Note the target's bytes in use, and with the draft's if the policy reads it, over a full cache's."""
-        target, extra = self.sequence.target, draft.nbytes if draft and self.policy.reads_draft else 0
-        self.byte_share.append(target.nbytes / target.full_nbytes)
-        self.total_share.append((target.nbytes + extra) / target.full_nbytes)
+        target, extra = self.sequence.target, draft.held_nbytes if draft and self.policy.reads_draft else 0
+        full = max(target.full_nbytes, 1)  # 0 if every layer has a sliding window
+        self.byte_share.append(target.nbytes / full)
+        self.total_share.append((target.nbytes + extra) / full)
 
     def commit(self, block: Block, text: list[int]) -> None:
         """All that was read is the text's own."""
@@ -72,6 +73,9 @@ class Trial:
         """Attention mass and overlap per layer, by the full cache's keys and its queries (1, H_q, n, D)."""
         scaling, recall, jaccard = self.sequence.evidence.scaling, [], []
         for index, layer in enumerate(self.sequence.target.layers):
+            if layer.window is not None:  # exact
+                recall.append(1.0)
+                continue
             keys = full.layers[index].keys
             recall.append(attention_recall(layer, queries[index], keys, scaling))
             if layer.num_kept:
@@ -128,12 +132,16 @@ def matching_prefix(drafts: list[int], following: list[int]) -> int:
 
 @dataclass
 class Base:
-    """What all trials of a text share: the draft with its cache and rows, and the target's cache of the prompt."""
+    """What all trials of a text share: the draft with its cache and rows, and the target's cache of the prompt.
+
+    logits: (V,) behind the prompt, which no policy has touched.
+    """
 
     spec: SpecSmallKV
     decoder: Decoder
     sequence: Sequence
     policies: list[Policy]
+    logits: Tensor
 
     @property
     def context(self) -> int:
@@ -143,7 +151,7 @@ class Base:
     def draft_share(self) -> float:
         """Bytes of the draft's cache over those of the target's full one; 0 without a draft."""
         draft, target = self.sequence.draft, self.sequence.target
-        return draft.full_nbytes / draft.seen * target.seen / target.full_nbytes if draft else 0.0
+        return draft.held_nbytes / draft.seen * target.seen / max(target.full_nbytes, 1) if draft else 0.0
 
     def draft(self, text: list[int], position: int, gold: bool) -> list[int]:
         """Drafts for the block that begins with the text's token at `position`; their rows lie in the oracle.
@@ -183,17 +191,27 @@ def prefill_once(spec: SpecSmallKV, policy: Policy, text: list[int], context: in
     sequence = decoder.start(text[:context], len(text) - context)
     if any(policy.reads_mass for policy in policies):
         sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
-    decoder.prefill(sequence)
+    logits = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
-    return Base(spec, decoder, sequence, policies)
+    return Base(spec, decoder, sequence, policies, logits)
 
 
 def open_trial(base: Base, policy: Policy, budget: float | None = None) -> Trial:
     """A trial with its own copy of the prompt's cache, while the draft's stands at the end of the prompt."""
     decoder = base.spec.decoder(policy=policy)
     sequence = decoder.branch(base.sequence)
-    sequence.draft = None  # the base drafts for all
+    if sequence.evidence.oracle is not None and base.sequence.evidence.oracle is not None:
+        sequence.evidence.oracle.block = base.sequence.evidence.oracle.block  # the base drafts for all
     return Trial(policy, policy.kv_budget if budget is None else budget, decoder, sequence)
+
+
+def read_on(
+    base: Base, policies: list[Policy], text: list[int], gold: bool, progress: Callable[[int], None] | None = None
+) -> list[Trial]:
+    """A trial of each policy that has read the text to its end; `text` begins with the base's prompt."""
+    return run_trials(
+        base, [open_trial(base, policy) for policy in policies], text, gold, progress or (lambda _: None)
+    )
 
 
 def run_trials(

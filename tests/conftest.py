@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -21,6 +23,7 @@ ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
 }
 VOCAB = 96
 
@@ -36,6 +39,8 @@ def tiny_model(
     config_class, model_class = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     options = {"head_dim": 8} if architecture != "qwen2" else {}
+    if architecture == "mistral":
+        options["sliding_window"] = None  # `test_windows.py` has models with windows
     config = config_class(
         vocab_size=vocab,
         hidden_size=8 * heads,

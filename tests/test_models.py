@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from specsmallkv import models, random_model, sources
+from specsmallkv.attention import layer_windows
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.models import ModelPair, fingerprint, load_draft, load_pair, load_target
@@ -200,7 +201,7 @@ def config(**values):
         (missing_weight, "lacks 1 weights such as model.layers.1.mlp.up_proj.weight"),
         (config(intermediate_size=130), "cannot be loaded"),
         (config(architectures=["GPT2LMHeadModel"], model_type="gpt2"), "GPT2LMHeadModel"),
-        (config(architectures=["MistralForCausalLM"], model_type="mistral"), "MistralForCausalLM"),
+        (config(architectures=["PhiForCausalLM"], model_type="phi"), "PhiForCausalLM"),
         (config(architectures=None, model_type="mamba"), "architecture mamba"),
         (lambda directory: (directory / "config.json").write_text("{"), "not valid JSON"),
         (lambda directory: (directory / "tokenizer.json").write_text("{"), "tokenizer.json"),
@@ -220,12 +221,18 @@ def test_absent_architectures_field_falls_back_to_the_model_type(checkpoint):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_sliding_window_layers_are_refused(family, checkpoint):
+def test_sliding_window_layers_are_those_of_the_checkpoint(family, checkpoint):
     directory = checkpoint(TARGET.replace("llama", family))
     config(use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None)(directory)
-    assert "2 of the 3 layers" in sentence(load, directory)
+    assert layer_windows(load(directory).target.config) == [None, 16, 16]
     config(use_sliding_window=False)(directory)
-    load(directory)
+    assert layer_windows(load(directory).target.config) == [None] * 3
+
+
+def test_a_model_that_attends_in_both_directions_is_refused(checkpoint):
+    directory = checkpoint(TARGET.replace("llama", "gemma2"))
+    config(use_bidirectional_attention=True)(directory)
+    assert "both directions" in sentence(load, directory)
 
 
 def test_code_in_a_checkpoint_is_never_run(checkpoint, tmp_path):

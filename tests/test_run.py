@@ -50,6 +50,7 @@ def text_file(tmp_path):
 def arguments(task: str, text_file: Path) -> list[str]:
     """The least that a task needs; a new task needs a row here."""
     (text_file.parent / "old.json").write_text('{"schema_version": 1, "task": "generate", "config": {}}')
+    write_harness_task(text_file.parent)
     return {
         "generate": ["prompt=hello"],
         "fidelity": [f"task.text_file={text_file}", "task.context_tokens=64", "task.eval_tokens=4"],
@@ -76,9 +77,28 @@ def arguments(task: str, text_file: Path) -> list[str]:
             *(f"task.text_file={text_file}", "task.context_tokens=64", "task.repeats=1"),
             "task.systems=[transformers,assisted,full,specsmallkv+draft]",
         ],
+        "lm_eval": ["task.tasks=[own]", f"task.include_path={text_file.parent}"],
+        "plan": [],
         "chat": ["max_new_tokens=2"],  # the fixture types for it
         "report": [f"task.dir={text_file.parent}"],
     }[task]
+
+
+def write_harness_task(folder: Path) -> None:
+    """A task of lm-evaluation-harness on local data (JSON is YAML too)."""
+    (folder / "own.jsonl").write_text('{"question": "Is it?", "answer": 0}\n' * 2)
+    task = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": [" yes", " no"],
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "own.yaml").write_text(json.dumps(task))
 
 
 # The record
@@ -86,6 +106,8 @@ def arguments(task: str, text_file: Path) -> list[str]:
 
 @pytest.mark.parametrize("task", names("task"))
 def test_every_task_has_every_key_of_the_contract_and_the_documentation_names_them_all(run, text_file, task):
+    if task == "lm_eval":
+        pytest.importorskip("lm_eval", reason="needs the extra eval")
     code, [record], _, err = run(f"task={task}", *arguments(task, text_file), "quiet=true")
     assert (code, err) == (0, "")
     assert set(CONTRACT_KEYS) <= record.keys()

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionCall, AttentionRows, attention_probabilities
+from ..attention import AttentionCall, AttentionRows, attention_probabilities, attention_scaling, window_mask
 from ..cache import TieredCache
 from ..config import RunConfig
-from ..decode import OBSERVED_CHUNK, PREFILL_CHUNK, Decoder, attention_scaling
+from ..decode import OBSERVED_CHUNK, PREFILL_CHUNK, Decoder, full_cache
 from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
@@ -156,8 +156,8 @@ def observe(
     Yields the window's number, the draft's rows (M, W, N) and those of each target layer (H_q, W, N) in turn.
     """
     assert decoder.draft_model is not None
-    models, scaling = (decoder.target, decoder.draft_model), attention_scaling(decoder.target)
-    target, draft = caches = [TieredCache(model.config.num_hidden_layers, len(tokens)) for model in models]
+    models, scaling = (decoder.target, decoder.draft_model), attention_scaling(decoder.target.config)
+    target, draft = caches = [full_cache(model, len(tokens)) for model in models]
     before = len(tokens) - num_windows * size
     for model, cache in zip(models, caches, strict=True):
         for start in range(0, before, PREFILL_CHUNK):
@@ -172,7 +172,9 @@ def observe(
             rows = draft_rows(decoder, draft, tokens[start:end])
             queries = {index: x[:, :, start - begin : end - begin] for index, x in call.queries.items()}
             layers = (
-                attention_probabilities(queries[index], layer.keys[:, :, :end], scaling)[0]
+                attention_probabilities(
+                    queries[index], layer.keys[:, :, :end], scaling, window_mask(layer, queries[index].shape[2], end)
+                )[0]
                 for index, layer in enumerate(target.layers)
             )
             yield window, rows, layers

@@ -11,6 +11,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..attention import refuse_windows
 from ..config import RunConfig
 from ..display import Display
 from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, train
@@ -88,6 +89,7 @@ class DistillTask:
         display = Display(config.quiet)
         with display.waiting("loading the model"):
             pair = load_pair(replace(config.model, linear="torch"), need_draft=False, quiet=config.quiet)
+        refuse_windows("task=distill", pair.target.config)
         texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
         settings = self._settings(config.seed, self._layers(pair, texts[0]))
         talks = self._conversations(pair, output / "answers.jsonl", config.seed, display) if self.prompts_file else []

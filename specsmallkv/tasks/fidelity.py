@@ -83,7 +83,7 @@ class FidelityTask:
                 with display.waiting(f"reading {self.context_tokens} tokens of {name}"):
                     base = prefill_once(spec, neediest(policies), tokens, self.context_tokens, policies)
                 results += self._results(base, name, tokens, display)
-                draft_bytes = base.sequence.draft.nbytes if base.sequence.draft else 0
+                draft_bytes = base.sequence.draft.held_nbytes if base.sequence.draft else 0
         except KeyboardInterrupt:
             if not results:
                 raise

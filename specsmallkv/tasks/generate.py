@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..attention import refuse_windows
 from ..config import RunConfig
 from ..display import Display, batch_line, live_line
 from ..errors import UserError
@@ -30,6 +31,7 @@ SUMMED = (
 LARGEST = (
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
+    "target_kv_window_bytes",
     "draft_kv_bytes",
     "scratch_bytes",
     "peak_memory_bytes",
@@ -72,6 +74,8 @@ class GenerateTask:
         display = Display(config.quiet)
         with display.waiting("loading the models"):
             spec = load_generator(config)
+        if config.report or config.trace:
+            refuse_windows("report=true or trace=true", spec.pair.target.config)
         loading_peak = peak_memory_bytes(spec.pair.target.device)
         generations = [open_stream(spec, request, config) for request in requests]  # all are checked before the first
         if config.batch_size > 1:

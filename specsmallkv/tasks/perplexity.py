@@ -21,7 +21,7 @@ from ..generator import SpecSmallKV
 from ..intervals import bootstrap
 from ..policies import Policy
 from ..prompts import read_text
-from ..trials import Trial, open_trial, prefill_once, run_trials
+from ..trials import Trial, prefill_once, read_on
 from .benchmark_results import headline
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
@@ -53,8 +53,6 @@ class Readings:
         """One of the record's results; the interval is a bootstrap over windows, which are independent."""
         nll, full = (sum(map(sum, lists)) / sum(map(len, lists)) for lists in (self.nll, self.nll_full))
         means = [sum(window) / len(window) for window in self.nll]
-        counters = self.fullest.sequence.counters if self.fullest else None
-        used, whole = (counters.max_target_bytes, counters.full_bytes_then) if counters else (0, 0)
         return {
             "policy": self.policy.name,
             "kv_budget": self.policy.kv_budget,
@@ -66,6 +64,13 @@ class Readings:
             "top1_agreement": sum(self.agrees) / len(self.agrees),
             "windows": len(self.nll),
             "scored_tokens": len(self.agrees),
+        } | self.held()
+
+    def held(self) -> dict[str, Any]:
+        """Bytes of the window that held most, recalled ones of all."""
+        counters = self.fullest.sequence.counters if self.fullest else None
+        used, whole = (counters.max_target_bytes, counters.full_bytes_then) if counters else (0, 0)
+        return {
             "target_kv_bytes": used,
             "target_kv_bytes_full": whole,
             "kv_budget_effective": used / whole if whole else None,
@@ -144,8 +149,7 @@ class PerplexityTask:
                 bar = progress.add_task("scoring", total=self.eval_tokens * len(windows))
                 for window in windows:
                     base = prefill_once(spec, neediest(policies), window, self.context_tokens, policies)
-                    trials = [open_trial(base, policy) for policy in policies]
-                    run_trials(base, trials, window, self.rows == "gold", partial(progress.advance, bar))
+                    trials = read_on(base, policies, window, self.rows == "gold", partial(progress.advance, bar))
                     for reading, trial in zip(readings, trials, strict=True):
                         reading.add(trial)
         except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from ..attention import AttentionMass
+from ..attention import AttentionMass, refuse_windows
 from ..config import RunConfig
 from ..decode import Decoder, Round
 from ..display import Display
@@ -93,6 +93,7 @@ class ThroughputTask:
         policies = {name: self._policy(chosen, name) for name in self.systems if name not in STOCK}
         with display.waiting("loading the models"):
             spec, originals = self._load(config, policies)
+        refuse_windows("task=throughput", *(m.config for m in (spec.pair.target, spec.pair.draft) if m is not None))
         prompts, machine = self._prompts(config, spec), measure_machine(spec.pair.target)
         by_prompt: list[list[Row]] = []
         interrupted = False
