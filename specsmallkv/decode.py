@@ -20,6 +20,7 @@ from .cache import CacheGroup, TieredCache
 from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Policy
+from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget
 from .recall import recall_ahead
 from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
@@ -53,6 +54,7 @@ class Counters:
     max_target_bytes: int = 0
     full_bytes_then: int = 0
     last_target_bytes: int = 0
+    prefill_bytes: int = 0  # most that the target's cache held while it read the prompt; 0: it went on from another
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     recall_seconds: float = 0.0  # of moving memory, a part of other phases
@@ -69,6 +71,9 @@ class Counters:
         self.emitted += emitted
         self.drafted += drafted
         self.accepted += accepted
+
+    def see_prefill(self, cache: TieredCache) -> None:
+        self.prefill_bytes = max(self.prefill_bytes, cache.nbytes)
 
     def see(self, cache: TieredCache) -> None:
         """Note what the device cache holds, and its fullest moment."""
@@ -127,6 +132,7 @@ class Decoder:
         self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
         self.sampler, self.attention, self.head_map = sampler or Sampler(), attention, head_map
         check_selection(attention, policy.selection)
+        check_prefill(policy, head_map)
         self.device, self.vocab_size = target.device, target.config.vocab_size
         for model in filter(None, (target, self.draft_model)):
             use_tiered_attention(model)
@@ -231,8 +237,11 @@ class Decoder:
         must be rolled back to the prompt before another branch uses it. The base's observation window must be as wide
         as this policy's; if it is wider, or has other sinks, the draft reads its end again for a fit of its own.
         """
+        if in_chunks(self.policy, len(base.tokens)):
+            return branch_within_budget(self, base)
         sequence = self.start(base.tokens, base.limit - len(base.tokens))
         base.target.copy_to(sequence.target)
+        sequence.counters.see_prefill(sequence.target)
         own, oracle = sequence.evidence.oracle, base.evidence.oracle
         window = min(self.policy.num_observed, base.target.seen)
         sequence.evidence = base.evidence.fork(self.policy.reads_mass)
@@ -261,9 +270,14 @@ class Decoder:
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
         prompt = sequence.tokens
+        if in_chunks(self.policy, len(prompt)):
+            return read_within_budget(self, sequence)
         window = min(self.policy.num_observed, len(prompt)) if self.policy.due(len(prompt)) else 0
         logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window], sequence.evidence.mass)
-        return self.observe_target(sequence, prompt[-window:]) if window else logits
+        if window:
+            logits = self.observe_target(sequence, prompt[-window:])
+        sequence.counters.see_prefill(sequence.target)
+        return logits
 
     def prefill_draft(self, sequence: Sequence) -> None:
         """Draft reads the prompt, i.e. all tokens that the target's cache holds."""

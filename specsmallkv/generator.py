@@ -24,6 +24,7 @@ from .generation_batch import GenerationBatch, settings_of_each
 from .memory import peak_memory_bytes
 from .models import ModelPair, load_pair
 from .policies import Policy
+from .prefill import check_prefill
 from .presets import load_policy
 from .prompts import Messages
 from .sampling import Sampler
@@ -43,6 +44,7 @@ MEMORY_FIGURES = (
     "kv_budget_effective",
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
+    "target_kv_prefill_bytes",
     "draft_kv_bytes",
     "scratch_bytes",
     "recall_bytes",
@@ -224,6 +226,7 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
         "target_kv_bytes": used,
         "target_kv_bytes_full": full,
         "kv_budget_effective": used / max(full, 1),
+        "target_kv_prefill_bytes": counters.prefill_bytes or None,
         "recall_bytes": target.recall_bytes,
         "new_per_round": sum(counters.new_entries) / len(counters.new_entries) if counters.new_entries else None,
         "kept_per_layer": target.kept_per_layer(),
@@ -248,6 +251,7 @@ class SpecSmallKV:
                 "or use policy=full or policy=snapkv with speculation=none."
             )
         check_selection(attention, policy.selection)
+        check_prefill(policy, pair.head_map)
         self.pair, self.policy, self.num_draft_tokens = pair, policy, num_draft_tokens
         self.attention = choose_backend(attention, pair.target.device)
 

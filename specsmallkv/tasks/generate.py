@@ -30,6 +30,7 @@ SUMMED = (
 LARGEST = (
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
+    "target_kv_prefill_bytes",
     "draft_kv_bytes",
     "scratch_bytes",
     "peak_memory_bytes",
