@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import check_selection, choose_backend
 from .config import ModelConfig
+from .controller import Controller
 from .decode import Decoder, Round, Sequence
 from .errors import UserError
 from .generation_batch import GenerationBatch, settings_of_each
@@ -36,6 +37,8 @@ WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  #
 MEMORY_FIGURES = (
     "rounds",
     "drafted_tokens",
+    "drafted_per_round",
+    "undrafted_rounds",
     "accepted_tokens",
     "acceptance_rate",
     "acceptance_length",
@@ -220,6 +223,8 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
     return held | {
         "rounds": counters.rounds,
         "drafted_tokens": counters.drafted,
+        "drafted_per_round": counters.drafted / counters.rounds if counters.rounds else None,
+        "undrafted_rounds": counters.undrafted,
         "accepted_tokens": counters.accepted,
         "acceptance_rate": counters.accepted / counters.drafted if counters.drafted else None,
         "acceptance_length": counters.emitted / counters.rounds if counters.rounds else None,
@@ -238,11 +243,18 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
 class SpecSmallKV:
     """A target, a draft that both speculates and predicts the target's attention, and a policy that uses it.
 
-    num_draft_tokens: 0 turns speculation off. attention: auto, sdpa, reference or flash. Raises UserError for what
-    cannot work together.
+    num_draft_tokens: 0 turns speculation off. attention: auto, sdpa, reference or flash. controller: `controller.py`,
+    e.g. `Adaptive()`, which drafts `num_draft_tokens` at most. Raises UserError for what cannot work together.
     """
 
-    def __init__(self, pair: ModelPair, policy: Policy, num_draft_tokens: int = 3, attention: str = "auto"):
+    def __init__(
+        self,
+        pair: ModelPair,
+        policy: Policy,
+        num_draft_tokens: int = 3,
+        attention: str = "auto",
+        controller: Controller | None = None,
+    ):
         if num_draft_tokens < 0:
             raise UserError(f"num_draft_tokens={num_draft_tokens} is negative; give 0 (no speculation) or more.")
         if pair.draft is None and (num_draft_tokens or policy.reads_draft):
@@ -253,7 +265,7 @@ class SpecSmallKV:
         check_selection(attention, policy.selection)
         check_prefill(policy, pair.head_map)
         self.pair, self.policy, self.num_draft_tokens = pair, policy, num_draft_tokens
-        self.attention = choose_backend(attention, pair.target.device)
+        self.attention, self.controller = choose_backend(attention, pair.target.device), controller
 
     @classmethod
     def from_pretrained(
@@ -288,7 +300,14 @@ class SpecSmallKV:
         """A decoder under the generator's own policy or another one."""
         pair, policy = self.pair, policy or self.policy
         return Decoder(
-            pair.target, pair.draft, policy, self.num_draft_tokens, sampler, self.attention, head_map=pair.head_map
+            pair.target,
+            pair.draft,
+            policy,
+            self.num_draft_tokens,
+            sampler,
+            self.attention,
+            pair.head_map,
+            self.controller,
         )
 
     def encode(

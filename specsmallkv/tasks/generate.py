@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..controller import Adaptive, make_controller
 from ..display import Display, batch_line, live_line
 from ..errors import UserError
 from ..generation_batch import GenerationBatch
@@ -39,24 +40,29 @@ LARGEST = (
 
 def load_generator(config: RunConfig, need_draft: bool = False) -> SpecSmallKV:
     """The pair, policy and draft length that a run's configuration asks for. need_draft: load it in any case."""
-    num_draft_tokens = asked_for(config)["num_draft_tokens"]
+    num_draft_tokens, controller = asked_for(config)["num_draft_tokens"], make_controller(config.speculation)
     needs_draft = need_draft or bool(num_draft_tokens) or config.policy.reads_draft
     pair = load_pair(config.model, need_draft=needs_draft, quiet=config.quiet)
-    return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention)
+    return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention, controller)
 
 
 def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
     """The keys of a record that say what was run."""
-    return asked_for(config) | {
-        "device": str(spec.pair.target.device),
-        "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
-        "attention": spec.attention,
-        "linear": spec.pair.linear,
-        "target_weights": spec.pair.target_origin,
-        "draft_weights": spec.pair.draft_origin,
-        "target_weight_bytes": spec.pair.target_weight_bytes,
-        "draft_weight_bytes": spec.pair.draft_weight_bytes,
-    }
+    adaptive = spec.controller if isinstance(spec.controller, Adaptive) else None
+    return (
+        asked_for(config)
+        | ({} if adaptive is None else {"cost_table": adaptive.table.plain()})
+        | {
+            "device": str(spec.pair.target.device),
+            "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
+            "attention": spec.attention,
+            "linear": spec.pair.linear,
+            "target_weights": spec.pair.target_origin,
+            "draft_weights": spec.pair.draft_origin,
+            "target_weight_bytes": spec.pair.target_weight_bytes,
+            "draft_weight_bytes": spec.pair.draft_weight_bytes,
+        }
+    )
 
 
 @dataclass
