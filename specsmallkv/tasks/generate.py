@@ -25,6 +25,7 @@ SUMMED = (
     "seconds",
     "rounds",
     "drafted_tokens",
+    "undrafted_rounds",
     "accepted_tokens",
     "recall_bytes",
 )
@@ -48,21 +49,19 @@ def load_generator(config: RunConfig, need_draft: bool = False) -> SpecSmallKV:
 
 def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
     """The keys of a record that say what was run."""
-    adaptive = spec.controller if isinstance(spec.controller, Adaptive) else None
-    return (
-        asked_for(config)
-        | ({} if adaptive is None else {"cost_table": adaptive.table.plain()})
-        | {
-            "device": str(spec.pair.target.device),
-            "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
-            "attention": spec.attention,
-            "linear": spec.pair.linear,
-            "target_weights": spec.pair.target_origin,
-            "draft_weights": spec.pair.draft_origin,
-            "target_weight_bytes": spec.pair.target_weight_bytes,
-            "draft_weight_bytes": spec.pair.draft_weight_bytes,
-        }
-    )
+    controller = spec.controller
+    costs = {"cost_table": controller.table.plain()} if isinstance(controller, Adaptive) else {}
+    own = asked_for(config) | costs
+    return own | {
+        "device": str(spec.pair.target.device),
+        "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
+        "attention": spec.attention,
+        "linear": spec.pair.linear,
+        "target_weights": spec.pair.target_origin,
+        "draft_weights": spec.pair.draft_origin,
+        "target_weight_bytes": spec.pair.target_weight_bytes,
+        "draft_weight_bytes": spec.pair.draft_weight_bytes,
+    }
 
 
 @dataclass
@@ -221,5 +220,6 @@ def combine(outputs: list[dict[str, Any]], batch: dict[str, Any] | None = None) 
         "tokens_per_second": total["new_tokens"] / max(total["seconds"], 1e-9),
         "decode_tokens_per_second": emitted / max(decoding, 1e-9),
         "acceptance_rate": total["accepted_tokens"] / total["drafted_tokens"] if total["drafted_tokens"] else None,
+        "drafted_per_round": total["drafted_tokens"] / total["rounds"] if total["rounds"] else None,
         "acceptance_length": emitted / total["rounds"] if total["rounds"] else None,
     }
