@@ -15,6 +15,11 @@ from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
 
 
+def is_trusted(similarity: float) -> bool:
+    """Whether a draft whose map has this mean cosine tells enough to be asked at all."""
+    return similarity > TRUSTED_SIMILARITY
+
+
 class AttentionOracle:
     """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity).
 
@@ -40,7 +45,7 @@ class AttentionOracle:
     @property
     def trusted(self) -> bool:
         """Whether the draft tells enough to be asked at all; if not, `snapkv` chooses."""
-        return self.similarity > TRUSTED_SIMILARITY
+        return is_trusted(self.similarity)
 
     @property
     def num_sinks(self) -> int:

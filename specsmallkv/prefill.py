@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import AttentionCall, AttentionMass, AttentionRows
 from .errors import UserError
 from .matching import HeadMap
-from .oracle import AttentionOracle
+from .oracle import AttentionOracle, is_trusted
 from .policies import Policy
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def check_prefill(policy: Policy, head_map: HeadMap | None) -> None:
     )
     if head_map is None:
         raise UserError(f"{told}, which needs a saved head map; make one with task=calibrate and set model.head_map.")
-    if not head_map.trusted:
+    if not is_trusted(head_map.mean_similarity):
         raise UserError(
             f"{told}, but model.head_map predicts its heads with a mean cosine of "
-            f"{float(head_map.similarity.mean()):.2f} only; use a better draft, or leave policy.prefill_chunk out."
+            f"{head_map.mean_similarity:.2f} only; use a better draft, or leave policy.prefill_chunk out."
         )
 
 

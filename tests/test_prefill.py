@@ -200,8 +200,8 @@ def test_without_a_map_that_tells_something_it_is_refused_in_one_sentence(target
     policy = load_policy("smallkv", prefill_chunk=32)
     with pytest.raises(UserError, match=r"task=calibrate and set model\.head_map"):
         Decoder(target, draft, policy, 3)
-    monkeypatch.setattr("specsmallkv.matching.TRUSTED_SIMILARITY", 0.9)
-    with pytest.raises(UserError, match=r"mean cosine of 0\.70 only"):
+    monkeypatch.setattr("specsmallkv.matching.HeadMap.mean_similarity", 0.12)
+    with pytest.raises(UserError, match=r"mean cosine of 0\.12 only"):
         Decoder(target, draft, policy, 3, head_map=head_map)
     Decoder(target, draft, load_policy("h2o", prefill_chunk=32), 3)
     with pytest.raises(UserError, match="snapkv has no field prefill_chunk"):
