@@ -267,8 +267,8 @@ class TieredLayer(CacheLayerMixin):
     def _flush(self, tail_start: int) -> None:
         """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
         if not self.store_k.numel():
-            whole = (enlarged(x, self.capacity, self.num_slots) for x in (self.k, self.v))
-            self.store_k, self.store_v = (x.to(self.host) for x in whole)
+            moved = (x.to(self.host) for x in (self.k, self.v))
+            self.store_k, self.store_v = (enlarged(x, self.capacity, self.num_slots) for x in moved)
             self.older_value_sum = self.v[:, :, :tail_start].float().sum(dim=2)
             if self.shares_memory is None:
                 self.shares_memory = self.store_k.device == self.k.device

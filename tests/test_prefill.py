@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import run_task
 
 from specsmallkv import SpecSmallKV
 from specsmallkv.attention import AttentionCall, AttentionRows, attention_probabilities, weighted_values
@@ -210,3 +211,19 @@ def test_without_a_map_that_tells_something_it_is_refused_in_one_sentence(target
         load_policy("smallkv", prefill_chunk=-1)
     with pytest.raises(UserError, match="needs a saved head map"):
         SpecSmallKV.from_pretrained("random:llama?layers=1", "random:llama?layers=1", policy=policy, dtype="float32")
+
+
+def test_a_run_with_a_calibrated_map_reports_the_peak_of_its_prefill(tmp_path):
+    draft = "random:llama?layers=2&hidden=64&heads=4&kv_heads=2&vocab=320&context=32768&seed=0"
+    pair = ["+model=tiny-random", f"model.draft='{draft}'", "model.dtype=float32", "quiet=true"]
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (7 * i * i + i // 5) % 26) for i in range(600)))
+    small = [f"task.text_file={text}", "task.context_tokens=160", "task.window_size=32", "task.num_windows=2"]
+    saved = tmp_path / "map.safetensors"
+    run_task(*pair, "task=calibrate", *small, f"task.output={saved}")
+    settings = [*pair, f"prompt_file={text}", "chat=false", "max_new_tokens=8", "policy.kv_budget=0.2"]
+    plain = run_task(*settings)
+    record = run_task(*settings, "policy.prefill_chunk=64", f"model.head_map={saved}")
+    entry = plain["target_kv_prefill_bytes"] / plain["prompt_tokens"]
+    assert record["target_kv_prefill_bytes"] <= (0.2 * record["prompt_tokens"] + 64) * entry
+    assert plain["prompt_tokens"] == record["prompt_tokens"] >= 600 and record["new_tokens"] == 8
