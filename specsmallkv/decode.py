@@ -414,7 +414,7 @@ class Decoder:
 
     def recall_ahead(self, sequence: Sequence) -> None:
         """Between a block's first row and the others: what that row asks for leaves the host store already."""
-        oracle, layers = sequence.evidence.oracle, sequence.target.layers
+        oracle, layers = sequence.reading, sequence.target.layers
         crosses = any(layer.shares_memory is False for layer in layers)
         if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
             recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))

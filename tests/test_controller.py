@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 
 import pytest
 import torch
@@ -211,27 +210,14 @@ def test_the_record_has_the_measured_costs_and_another_run_takes_them(tmp_path):
     assert again["text"] == record["text"] == run_task(*settings, "speculation=none")["text"]
 
 
-@pytest.mark.slow
-def test_a_useless_draft_costs_little():
-    """Random weights beside a target that is much larger: at most 5% slower than plain decoding, medians of pairs."""
-    target = tiny_model(layers=12, heads=32, kv_heads=8, seed=1)
-    draft = tiny_model(layers=3, heads=32, kv_heads=8, seed=2)
-    prompt = torch.randint(1, 96, (500,), generator=torch.Generator().manual_seed(0)).tolist()
-    policy = load_policy("snapkv", kv_budget=0.3)
-    adaptive = Adaptive()
-    decoders = [Decoder(target, draft, policy, 0), Decoder(target, draft, policy, 7, controller=adaptive)]
-    decode(decoders[1], prompt, 40)
-    ratios = []
-    for _ in range(5):
-        seconds = []
-        for decoder in decoders:
-            rounds = decoder.generate(prompt, 300)
-            for _, sequence in rounds:
-                if len(sequence.tokens) > len(prompt) + 1:
-                    break
-            started = time.process_time()
-            for _ in rounds:
-                pass
-            seconds.append(time.process_time() - started)
-        ratios.append(seconds[0] / seconds[1])
-    assert sorted(ratios)[2] >= 0.95, ratios
+@pytest.mark.parametrize("name", ["snapkv", "full"])
+def test_a_useless_draft_costs_at_most_a_twentieth_of_plain_decoding(target, prompt, name):
+    """By the table: steps, passes and, for each try, a pass in which the draft reads what it has not seen."""
+    costs = Costs(100, draft=0.25, read=0.0, verify=tuple(1 + 0.05 * extra for extra in range(8)))
+    stranger = tiny_model(layers=2, seed=77)
+    policy = load_policy(name, kv_budget=0.3)
+    decoder = Decoder(target, stranger, policy, 7, controller=Adaptive(table=CostTable([costs])))
+    tokens, rounds, sequence = decode(decoder, prompt, 256)
+    assert sequence.counters.accepted < 0.2 * sequence.counters.drafted
+    spent = sum(costs.round(round_.num_drafted) + costs.draft * (round_.num_drafted > 0) for round_, _ in rounds)
+    assert costs.verify[0] * (len(tokens) - 1) / spent >= 0.95
