@@ -102,10 +102,11 @@ class AttentionMass:
 
     sums: per layer, (1, H_kv, capacity) float32 by logical position, mean over the heads of a group. A query counts
     once, also where it is read again. pending: per layer, the queries of a verify pass, counted when committed.
+    per_query_head: every query head's own sums instead, (1, H_q, capacity); for caches that evict nothing.
     """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
+    def __init__(self, capacity: int, per_query_head: bool = False):
+        self.capacity, self.per_query_head = capacity, per_query_head
         self.sums: dict[int, Tensor] = {}
         self.pending: dict[int, Tensor] = {}
         self._counted: dict[int, int] = {}
@@ -132,16 +133,17 @@ class AttentionMass:
             return
         length, slots = query.shape[2], layer.num_slots
         new = min(length, layer.seen - self._counted.get(index, 0))
+        heads = query.shape[1] if self.per_query_head else layer.keys.shape[1]
         step = rows or max(1, MASS_BLOCK // (query.shape[1] * slots))
         if index not in self.sums:
-            shape = (1, layer.keys.shape[1], self.capacity)
-            self.sums[index] = torch.zeros(shape, device=query.device)
+            self.sums[index] = torch.zeros((1, heads, self.capacity), device=query.device)
         for first in range(length - new, length, step):
             block = query[:, :, first : first + step]
             end = slots - length + first + block.shape[2]
             probabilities = attention_probabilities(block, layer.keys[:, :, :end], scaling)
-            columns = probabilities.sum(2).unflatten(1, (layer.keys.shape[1], -1)).mean(2)
-            self.sums[index].scatter_add_(2, layer.positions[:, :, :end], columns)
+            columns = probabilities.sum(2).unflatten(1, (heads, -1)).mean(2)
+            positions = layer.positions[:, :, :end].repeat_interleave(heads // layer.keys.shape[1], dim=1)
+            self.sums[index].scatter_add_(2, positions, columns)
         self._counted[index] = layer.seen
 
     def commit(self, layers: list[TieredLayer], scaling: float) -> None:

@@ -110,6 +110,7 @@ class BatchDecoder:
         decoder, counters = self.decoder, self.counters
         for row in rows:
             decoder.settle(row.sequence)
+            decoder.decide(row.sequence)
         with counters.timed("draft"):
             self.draft(rows)
         with counters.timed("plan"):

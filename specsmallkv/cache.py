@@ -109,6 +109,7 @@ class TieredLayer(CacheLayerMixin):
         assert residency in RESIDENCIES, f"residency is {residency!r}, expected one of {RESIDENCIES}"
         self.capacity, self.resident_capacity = capacity, resident_capacity
         self.residency, self.host = residency, host
+        self.first_capacity: int | None = None  # of the buffer before the first `retain`, if it is evicted while read
         self.shares_memory: bool | None = None  # host and device are one memory; None until the first flush
         self.reset()
 
@@ -135,7 +136,8 @@ class TieredLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, dim = key_states.shape
-        self.k, self.v = (x.new_empty(batch, heads, self.capacity, dim) for x in (key_states, value_states))
+        slots = self.first_capacity or self.capacity
+        self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (key_states, value_states))
         self.kept_positions = self.marginal_positions = torch.empty(
             batch, heads, 0, dtype=torch.long, device=key_states.device
         )
@@ -281,7 +283,8 @@ class TieredLayer(CacheLayerMixin):
     def _flush(self, tail_start: int) -> None:
         """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
         if not self.store_k.numel():
-            self.store_k, self.store_v = self.k.to(self.host), self.v.to(self.host)
+            moved = (x.to(self.host) for x in (self.k, self.v))
+            self.store_k, self.store_v = (enlarged(x, self.capacity, self.num_slots) for x in moved)
             self.older_value_sum = self.v[:, :, :tail_start].float().sum(dim=2)
             if self.shares_memory is None:
                 self.shares_memory = self.store_k.device == self.k.device

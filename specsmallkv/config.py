@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash")
 LINEARS = ("auto", "torch", "packed")
-SPECULATIONS = ("draft", "none")
+SPECULATIONS = ("draft", "adaptive", "none")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf")
 PROMPT_SOURCES = ("prompt", "prompt_file", "messages_file", "prompts_file")
@@ -46,6 +46,8 @@ class SpeculationConfig:
     name: str
     num_draft_tokens: int = 3
     adaptive: bool = False
+    cost_table: Optional[str] = None  # record of an adaptive run; None: measured
+    oracle_every: int = 1
 
 
 @dataclass
@@ -83,7 +85,6 @@ def check(config: RunConfig) -> None:
         if not valid:
             raise UserError(f"{key}={value!r} is not possible; {remedy}.")
     _check_combinations(config)
-    _check_unreleased(config)
     _warn_of_greedy_sampling(config)
 
 
@@ -100,8 +101,19 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
 def _run_rules(config: RunConfig) -> Iterator[Rule]:
     name, num = config.speculation.name, config.speculation.num_draft_tokens
     yield name in SPECULATIONS, "speculation.name", name, f"use {', '.join(SPECULATIONS)}"
-    enough = num >= (1 if name == "draft" else 0)
+    enough = num >= (0 if name == "none" else 1)
     yield enough, "speculation.num_draft_tokens", num, "use 1 or more, or set speculation=none"
+    every, adaptive = config.speculation.oracle_every, config.speculation.adaptive
+    yield every >= 1, "speculation.oracle_every", every, "use 1 (every round) or more"
+    possible = not adaptive or name != "none"
+    yield (
+        possible,
+        "speculation.adaptive",
+        adaptive,
+        "nothing is drafted with speculation=none; use speculation=adaptive",
+    )
+    table = config.speculation.cost_table
+    yield adaptive or table is None, "speculation.cost_table", table, "set speculation=adaptive, which reads it"
     yield config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "use 1 or more"
     yield config.batch_size >= 1, "batch_size", config.batch_size, "use 1 or more"
     temperature = config.temperature
@@ -132,11 +144,6 @@ def _check_combinations(config: RunConfig) -> None:
                 f"{key}=true shows prompts that are answered one by one, not batch_size={config.batch_size}; "
                 "drop one of them."
             )
-
-
-def _check_unreleased(config: RunConfig) -> None:
-    if config.speculation.adaptive:
-        raise UserError("speculation.adaptive=true is not in this release; set num_draft_tokens instead.")
 
 
 def _warn_of_greedy_sampling(config: RunConfig) -> None:

@@ -23,13 +23,16 @@ from .attention import (
     check_model,
     check_selection,
     layer_windows,
+    refuse_windows,
     use_tiered_attention,
 )
 from .cache import CacheGroup, TieredCache
+from .controller import Controller, Decision, History
 from .errors import UserError
 from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Policy
+from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget
 from .recall import recall_ahead
 from .sampling import Sampler
 from .speculation import accept, match_vocabulary, propose
@@ -59,10 +62,12 @@ class Counters:
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
+    undrafted: int = 0  # rounds that drafted nothing
     new_entries: list[float] = field(default_factory=list)
     max_target_bytes: int = 0
     full_bytes_then: int = 0
     last_target_bytes: int = 0
+    prefill_bytes: int = 0  # most that the target's cache held while it read the prompt; 0: it went on from another
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     recall_seconds: float = 0.0  # of moving memory, a part of other phases
@@ -79,6 +84,10 @@ class Counters:
         self.emitted += emitted
         self.drafted += drafted
         self.accepted += accepted
+        self.undrafted += not drafted
+
+    def see_prefill(self, cache: TieredCache) -> None:
+        self.prefill_bytes = max(self.prefill_bytes, cache.nbytes)
 
     def see(self, cache: TieredCache) -> None:
         """Note what the device cache holds, and its fullest moment."""
@@ -100,6 +109,13 @@ class Sequence:
     settled: bool = False  # the draft has read the prompt and static policies have compressed it
     logits: Tensor | None = None  # of the last verify pass, (k + 1, V), or of the prompt's end, (1, V): for observers
     counters: Counters = field(default_factory=Counters)
+    decision: Decision | None = None  # of the controller, for the present round; None: as the decoder is set
+    history: History = field(default_factory=History)
+
+    @property
+    def reading(self) -> AttentionOracle | None:
+        """The oracle, if it reads in the present round."""
+        return self.evidence.oracle if self.decision is None or self.decision.reads else None
 
     def held(self) -> dict[str, int]:
         """Bytes that lie in memory now, counted from the tensors; keys as in the record."""
@@ -120,7 +136,8 @@ class Decoder:
 
     num_draft_tokens: 0 turns speculation off; the draft then runs in lockstep as oracle, if the policy reads it.
     draft: may be None when neither speculation nor the policy needs one. attention: a name in attention.BACKENDS.
-    head_map: of this pair from other texts, for policies that read the draft.
+    head_map: of this pair from other texts, for policies that read the draft. controller: decides, round by round, how
+    many of the `num_draft_tokens` are drafted and whether the oracle reads; None: all, always.
     """
 
     def __init__(
@@ -132,17 +149,22 @@ class Decoder:
         sampler: Sampler | None = None,
         attention: str = "sdpa",
         head_map: HeadMap | None = None,
+        controller: Controller | None = None,
     ):
         assert draft is not None or not (num_draft_tokens or policy.reads_draft), "this needs a draft model"
         self.target, self.policy, self.num_draft_tokens = target, policy, num_draft_tokens
         self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
         self.sampler, self.attention, self.head_map = sampler or Sampler(), attention, head_map
+        self.controller = controller
         check_selection(attention, policy.selection)
+        check_prefill(policy, head_map)
         self.device, self.vocab_size = target.device, target.config.vocab_size
         self.windows = layer_windows(target.config)
         check_budget(policy, self.windows)
         for model in filter(None, (target, self.draft_model)):
             check_model(attention, model.config)
+            if policy.prefill_chunk:
+                refuse_windows(f"policy.prefill_chunk={policy.prefill_chunk}", model.config)
             use_tiered_attention(model)
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -190,6 +212,7 @@ class Decoder:
     def round(self, sequence: Sequence, generator: torch.Generator, stop_ids: set[int]) -> Round:
         """One verify pass with everything around it."""
         counters = sequence.counters
+        self.decide(sequence)
         with counters.timed("draft"):
             drafts, probabilities = self.draft(sequence, generator)
         with counters.timed("plan"):
@@ -245,8 +268,11 @@ class Decoder:
         must be rolled back to the prompt before another branch uses it. The base's observation window must be as wide
         as this policy's; if it is wider, or has other sinks, the draft reads its end again for a fit of its own.
         """
+        if in_chunks(self.policy, len(base.tokens)):
+            return branch_within_budget(self, base)
         sequence = self.start(base.tokens, base.limit - len(base.tokens))
         base.target.copy_to(sequence.target)
+        sequence.counters.see_prefill(sequence.target)
         own, oracle = sequence.evidence.oracle, base.evidence.oracle
         window = min(self.policy.num_observed, base.target.seen)
         sequence.evidence = base.evidence.fork(self.policy.reads_mass)
@@ -275,9 +301,14 @@ class Decoder:
     def prefill(self, sequence: Sequence) -> Tensor:
         """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
         prompt = sequence.tokens
+        if in_chunks(self.policy, len(prompt)):
+            return read_within_budget(self, sequence)
         window = min(self.policy.num_observed, len(prompt)) if self.policy.due(len(prompt)) else 0
         logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window], sequence.evidence.mass)
-        return self.observe_target(sequence, prompt[-window:]) if window else logits
+        if window:
+            logits = self.observe_target(sequence, prompt[-window:])
+        sequence.counters.see_prefill(sequence.target)
+        return logits
 
     def prefill_draft(self, sequence: Sequence) -> None:
         """Draft reads the prompt, i.e. all tokens that the target's cache holds."""
@@ -354,6 +385,7 @@ class Decoder:
 
     def _extend_block(self, sequence: Sequence, block: list[int]) -> Tensor:
         """One round whose drafts are known to be right; logits (V,) of its last token."""
+        sequence.decision = None
         sequence.tokens.append(block[0])
         self.read(sequence, block[1:])
         self.plan(sequence, block[1:])
@@ -372,6 +404,11 @@ class Decoder:
             call = AttentionCall(self.attention, rows=oracle.block if oracle else None)
             tokens = sequence.tokens[sequence.draft.seen :] + following
             self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
+
+    def decide(self, sequence: Sequence) -> None:
+        """What the coming round does, if there is a controller."""
+        if self.controller is not None:
+            self.controller.decide(self, sequence)
 
     def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
@@ -394,21 +431,21 @@ class Decoder:
 
     def recall_ahead(self, sequence: Sequence) -> None:
         """Between a block's first row and the others: what that row asks for leaves the host store already."""
-        oracle, layers = sequence.evidence.oracle, sequence.target.layers
+        oracle, layers = sequence.reading, sequence.target.layers
         crosses = any(layer.shares_memory is False for layer in layers)
         if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
             recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))
 
     def begin_draft(self, sequence: Sequence) -> tuple[int, int]:
         """How many drafts this round takes, and how many steps: one more if the last draft's row is read."""
-        count, oracle = self._num_drafts(sequence), sequence.evidence.oracle
+        count, oracle = self._num_drafts(sequence), sequence.reading
         if oracle is None:
             return count, count
         oracle.block.start(sequence.target.seen, count + 1)
         return count, count + 1
 
     def draft_call(self, sequence: Sequence) -> AttentionCall:
-        oracle = sequence.evidence.oracle
+        oracle = sequence.reading
         return AttentionCall(self.attention, rows=oracle.block if oracle else None)
 
     def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
@@ -423,9 +460,9 @@ class Decoder:
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
         """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""
         token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
-        if sequence.evidence.oracle is not None:
+        if sequence.reading is not None:
             chances = logits.softmax(-1) if distribution is None else distribution
-            sequence.evidence.oracle.block.expect(float(chances[token]))
+            sequence.reading.block.expect(float(chances[token]))
         return token, distribution
 
     def plan(self, sequence: Sequence, drafts: list[int], looked: Tensor | None = None) -> None:
@@ -433,6 +470,9 @@ class Decoder:
 
         looked: what `look` gives, if somebody looked already.
         """
+        if sequence.decision is not None and not sequence.decision.reads:
+            self._keep_set(sequence)
+            return
         oracle, seen = sequence.evidence.oracle, sequence.target.seen
         if self.policy.every_round and self.policy.due(sequence.evicted_at):
             if self.policy.reads_target:
@@ -460,6 +500,11 @@ class Decoder:
                         layer.tail_start,
                         self.policy.compensation,
                     )
+
+    def _keep_set(self, sequence: Sequence) -> None:
+        """The oracle does not read in this round: what the last one chose stays, its odds were for other queries."""
+        for layer in sequence.target.layers:
+            layer.tail_term = None
 
     def look(self, sequences: list[Sequence], drafts: list[list[int]]) -> list[Tensor]:
         """The target's true attention of the coming blocks, from every key: saliency (L, H_kv, N). Analysis only."""
@@ -515,11 +560,12 @@ class Decoder:
         self.rollback(sequence, len(drafts) + 1 - len(emitted))
         self.evict(sequence)
         sequence.counters.add(len(emitted), len(drafts), accepted)
+        sequence.history.note(len(drafts), accepted)
         return Round(emitted, len(drafts), accepted, drafts)
 
     def rollback(self, sequence: Sequence, rejected: int) -> None:
         """Drop rejected tokens from both caches; only accepted rows enter the oracle's interval and the mass."""
-        oracle, mass = sequence.evidence.oracle, sequence.evidence.mass
+        oracle, mass = sequence.reading, sequence.evidence.mass
         if oracle is not None:
             oracle.commit(oracle.block.num_rows - rejected)
         sequence.target.rollback(rejected)
@@ -620,7 +666,8 @@ class Decoder:
 
     def _num_drafts(self, sequence: Sequence) -> int:
         """Drafts are cut at the token limit and at the next eviction event (a verify pass must not see past it)."""
-        count = min(self.num_draft_tokens, sequence.limit - len(sequence.tokens) - 1)
+        wanted = self.num_draft_tokens if sequence.decision is None else sequence.decision.num_draft_tokens
+        count = min(wanted, sequence.limit - len(sequence.tokens) - 1)
         if self.policy.evicts:
             block, seen = self.policy.evict_block, sequence.target.seen
             count = min(count, block - seen % block - 1)

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from .attention import check_selection, choose_backend
 from .config import ModelConfig
+from .controller import Controller
 from .decode import Decoder, Round, Sequence
 from .errors import UserError
 from .generation_batch import GenerationBatch, settings_of_each
 from .memory import peak_memory_bytes
 from .models import ModelPair, load_pair
 from .policies import Policy
+from .prefill import check_prefill
 from .presets import load_policy
 from .prompts import Messages
 from .sampling import Sampler
@@ -35,6 +37,8 @@ WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  #
 MEMORY_FIGURES = (
     "rounds",
     "drafted_tokens",
+    "drafted_per_round",
+    "undrafted_rounds",
     "accepted_tokens",
     "acceptance_rate",
     "acceptance_length",
@@ -44,6 +48,7 @@ MEMORY_FIGURES = (
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
     "target_kv_window_bytes",
+    "target_kv_prefill_bytes",
     "draft_kv_bytes",
     "scratch_bytes",
     "recall_bytes",
@@ -219,12 +224,15 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
     return held | {
         "rounds": counters.rounds,
         "drafted_tokens": counters.drafted,
+        "drafted_per_round": counters.drafted / counters.rounds if counters.rounds else None,
+        "undrafted_rounds": counters.undrafted,
         "accepted_tokens": counters.accepted,
         "acceptance_rate": counters.accepted / counters.drafted if counters.drafted else None,
         "acceptance_length": counters.emitted / counters.rounds if counters.rounds else None,
         "target_kv_bytes": used,
         "target_kv_bytes_full": full,
         "kv_budget_effective": used / max(full, 1),
+        "target_kv_prefill_bytes": counters.prefill_bytes or None,
         "recall_bytes": target.recall_bytes,
         "new_per_round": sum(counters.new_entries) / len(counters.new_entries) if counters.new_entries else None,
         "kept_per_layer": target.kept_per_layer(),
@@ -236,11 +244,18 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
 class SpecSmallKV:
     """A target, a draft that both speculates and predicts the target's attention, and a policy that uses it.
 
-    num_draft_tokens: 0 turns speculation off. attention: auto, sdpa, reference or flash. Raises UserError for what
-    cannot work together.
+    num_draft_tokens: 0 turns speculation off. attention: auto, sdpa, reference or flash. controller: `controller.py`,
+    e.g. `Adaptive()`, which drafts `num_draft_tokens` at most. Raises UserError for what cannot work together.
     """
 
-    def __init__(self, pair: ModelPair, policy: Policy, num_draft_tokens: int = 3, attention: str = "auto"):
+    def __init__(
+        self,
+        pair: ModelPair,
+        policy: Policy,
+        num_draft_tokens: int = 3,
+        attention: str = "auto",
+        controller: Controller | None = None,
+    ):
         if num_draft_tokens < 0:
             raise UserError(f"num_draft_tokens={num_draft_tokens} is negative; give 0 (no speculation) or more.")
         if pair.draft is None and (num_draft_tokens or policy.reads_draft):
@@ -249,8 +264,9 @@ class SpecSmallKV:
                 "or use policy=full or policy=snapkv with speculation=none."
             )
         check_selection(attention, policy.selection)
+        check_prefill(policy, pair.head_map)
         self.pair, self.policy, self.num_draft_tokens = pair, policy, num_draft_tokens
-        self.attention = choose_backend(attention, pair.target.device)
+        self.attention, self.controller = choose_backend(attention, pair.target.device), controller
 
     @classmethod
     def from_pretrained(
@@ -285,7 +301,14 @@ class SpecSmallKV:
         """A decoder under the generator's own policy or another one."""
         pair, policy = self.pair, policy or self.policy
         return Decoder(
-            pair.target, pair.draft, policy, self.num_draft_tokens, sampler, self.attention, head_map=pair.head_map
+            pair.target,
+            pair.draft,
+            policy,
+            self.num_draft_tokens,
+            sampler,
+            self.attention,
+            pair.head_map,
+            self.controller,
         )
 
     def encode(

@@ -10,7 +10,7 @@ M = draft layers x draft heads; all rows float32. This file does not know where 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,12 @@ class HeadMap:
     def to(self, device: torch.device) -> "HeadMap":
         """The map, without history, on another device."""
         return HeadMap(self.weights.to(device), self.similarity.to(device))
+
+    def by(self, method: str) -> "HeadMap":
+        """The map as it is, or under "one_hot" each head's heaviest draft head alone."""
+        if method != "one_hot":
+            return self
+        return replace(self, weights=F.one_hot(self.weights.argmax(-1), self.weights.shape[-1]).float())
 
     def predict(self, layer: int, rows: Tensor, history: Tensor | None = None) -> Tensor:
         """Predicted target rows (H_q, T, N) of one layer from draft rows (M, T, N) and history (H_q, N or fewer)."""

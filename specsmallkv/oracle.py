@@ -15,6 +15,11 @@ from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
 
 
+def is_trusted(similarity: float) -> bool:
+    """Whether a draft whose map has this mean cosine tells enough to be asked at all."""
+    return similarity > TRUSTED_SIMILARITY
+
+
 class AttentionOracle:
     """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity).
 
@@ -40,7 +45,7 @@ class AttentionOracle:
     @property
     def trusted(self) -> bool:
         """Whether the draft tells enough to be asked at all; if not, `snapkv` chooses."""
-        return self.similarity > TRUSTED_SIMILARITY
+        return is_trusted(self.similarity)
 
     @property
     def num_sinks(self) -> int:
@@ -77,6 +82,11 @@ class AttentionOracle:
         """The head map of all that was observed."""
         assert self._fit is not None, "observe before fitting"
         self._take(self._fit.solve(method, self.prior))
+
+    def adopt(self, head_map: HeadMap, method: str, draft_rows: Tensor) -> None:
+        """A saved map alone, where no window can be observed; draft_rows (M, W, N) are the first interval."""
+        self._take(head_map.by(method))
+        self._sum[:, : draft_rows.shape[2]], self._count = draft_rows.sum(dim=1), draft_rows.shape[1]
 
     def _take(self, head_map: HeadMap) -> None:
         self.head_map, self.similarity = head_map, head_map.mean_similarity
@@ -116,9 +126,10 @@ class AttentionOracle:
 
     def interval_saliency(self, length: int) -> Tensor:
         """(L, H_kv, length): mean over the accepted rows since the last refresh, earlier ones halved at each."""
-        return self._saliency(self._sum[:, :length] / max(self._count, 1e-9))
+        return self.saliency(self._sum[:, :length] / max(self._count, 1e-9))
 
-    def _saliency(self, mean_rows: Tensor, reduction: str = "mean") -> Tensor:
+    def saliency(self, mean_rows: Tensor, reduction: str = "mean") -> Tensor:
+        """(L, H_kv, length): what the mean (M, length) of any rows predicts."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
         return self.head_map.saliency(mean_rows, self.num_kv_heads, reduction, self.history)
 
@@ -129,11 +140,11 @@ class AttentionOracle:
 
     def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
-        return self._saliency(self.block.mean(by_chance)[:, :length], reduction)
+        return self.saliency(self.block.mean(by_chance)[:, :length], reduction)
 
     def first_saliency(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): of the coming verify block's first row alone, while the others are still to come."""
-        return self._saliency(self.block.values[:, 0, :length].contiguous(), reduction)
+        return self.saliency(self.block.values[:, 0, :length].contiguous(), reduction)
 
     def row_saliencies(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
@@ -142,7 +153,7 @@ class AttentionOracle:
         exact. So no product spans two rows: its rounding could depend on how many there are.
         """
         rows = self.block.values[:, :, :length].unbind(dim=1)
-        predictions = [self._saliency(row.contiguous(), reduction) for row in rows]
+        predictions = [self.saliency(row.contiguous(), reduction) for row in rows]
         return torch.stack(predictions, dim=2)
 
     def rows(self) -> Tensor:

@@ -108,6 +108,7 @@ class Policy(ABC):
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     compensation = "none"
+    prefill_chunk = 0  # tokens that the target reads between two evictions of its prompt: `prefill.py`
     num_foreseen_tokens = 0  # that the draft writes behind the prompt, so that its rows count before they come
 
     def __post_init__(self) -> None:
@@ -116,6 +117,10 @@ class Policy(ABC):
         for key, least in (("num_sink_tokens", 0), ("window_size", 1), ("evict_block", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"policy.{key}={getattr(self, key)} is too small; give at least {least}.")
+        if self.prefill_chunk < 0:
+            raise UserError(
+                f"policy.prefill_chunk={self.prefill_chunk} is negative; give 0 (off) or a number of tokens."
+            )
         self._one_of("residency", RESIDENCIES)
         if self.every_round and self.residency != "offload":
             raise UserError(
@@ -220,7 +225,12 @@ class FullCache(Policy):
 
 @dataclass(kw_only=True)
 class StreamingLLM(Policy):
-    """Attention sinks and the most recent tokens (StreamingLLM, arXiv 2309.17453)."""
+    """Attention sinks and the most recent tokens (StreamingLLM, arXiv 2309.17453).
+
+    prefill_chunk: tokens that the target reads between two evictions of its prompt; 0: it reads all of it first.
+    """
+
+    prefill_chunk: int = 0
 
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         return candidates.positions.float()
@@ -280,9 +290,11 @@ class H2O(Policy):
     """Heavy hitters, by the attention received from all queries so far, and recent tokens (arXiv 2306.14048).
 
     recent_share: part of the critical tokens that are simply the most recent, in [0, 1); the window at least.
+    prefill_chunk: as StreamingLLM's.
     """
 
     recent_share: float = 0.5
+    prefill_chunk: int = 0
     uses_mass = True
 
     def __post_init__(self) -> None:
@@ -303,12 +315,14 @@ class DraftPolicy(Policy):
     """Scores by the saliency that the draft's attention predicts.
 
     matching: "one_hot" or "mixture". observation_size: prompt rows that the head map is fitted on. map_rows: how
-    many of them a saved head map counts as; 0: it is not used, inf: it alone is.
+    many of them a saved head map counts as; 0: it is not used, inf: it alone is. prefill_chunk: tokens that the target
+    reads between two evictions of its prompt, by a saved head map alone; 0: it reads all of it before anything goes.
     """
 
     matching: str = "mixture"
     observation_size: int = 128
     map_rows: float = 128
+    prefill_chunk: int = 0
     uses_draft = True
 
     def __post_init__(self) -> None:

@@ -112,6 +112,7 @@ def plan(decoder: Decoder, trials: list[Trial], drafts: list[int]) -> None:
     looks = decoder.look([trial.sequence for trial in looking], [drafts] * len(looking)) if looking else []
     seen = dict(zip(map(id, looking), looks, strict=True))
     for trial in trials:
+        trial.decoder.decide(trial.sequence)
         trial.decoder.plan(trial.sequence, drafts, seen.get(id(trial)))
 
 

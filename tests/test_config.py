@@ -113,7 +113,8 @@ def test_impossible_values_are_refused_with_key_and_remedy(key, value):
         ("model", "attention", "eager"),
         ("speculation", "name", "tree"),
         ("speculation", "num_draft_tokens", 0),
-        ("speculation", "adaptive", True),
+        ("speculation", "oracle_every", 0),
+        ("speculation", "cost_table", "record.json"),
     ],
 )
 def test_impossible_model_and_speculation_values_are_refused(part, key, value):

@@ -11,6 +11,7 @@ from specsmallkv import models, random_model
 from specsmallkv.config import ModelConfig
 from specsmallkv.decode import Decoder
 from specsmallkv.errors import UserError
+from specsmallkv.matching import HeadMap
 from specsmallkv.placement import device_map
 from specsmallkv.presets import load_policy
 from specsmallkv.tokenizer import byte_tokenizer
@@ -30,7 +31,10 @@ SPREAD = {
 
 def generated(target, draft, prompt, name, **settings):
     policy = load_policy(name, kv_budget=0.3, evict_block=8, **settings)
-    decoder = Decoder(target, draft, policy, 3, attention="reference")
+    head_map = HeadMap(torch.full((3, 4, 8), 1 / 8), torch.ones(3, 4))
+    decoder = Decoder(
+        target, draft, policy, 3, attention="reference", head_map=head_map if policy.prefill_chunk else None
+    )
     return [(round_.tokens, sequence.target.nbytes) for round_, sequence in decoder.generate(prompt, 12)]
 
 
@@ -41,6 +45,8 @@ def generated(target, draft, prompt, name, **settings):
         ("smallkv", {}),
         ("specsmallkv", {}),
         ("specsmallkv", {"selection": "query"}),
+        ("smallkv", {"prefill_chunk": 32}),
+        ("specsmallkv", {"prefill_chunk": 32}),
         ("oracle", {}),
     ],
 )

@@ -157,3 +157,9 @@ def test_what_cannot_read_windows_is_refused(gemma, tmp_path):
     for task in ("generate report=true prompt=x", "throughput", distilled):
         with pytest.raises(UserError, match="sliding windows"):
             run_task("+model=tiny-random", source, f"run_dir={tmp_path}", *f"task={task}".split(), "quiet=true")
+
+
+def test_windows_and_prefill_within_the_budget_are_refused_together(gemma, gemma_draft):
+    policy = load_policy("h2o", kv_budget=0.3, prefill_chunk=32)
+    with pytest.raises(UserError, match=r"policy.prefill_chunk=32 does not support sliding windows"):
+        Decoder(gemma, gemma_draft, policy, 3)

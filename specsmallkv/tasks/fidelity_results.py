@@ -60,6 +60,7 @@ def summary(trial: Trial, text: str, rows: str) -> Result:
         "target_kv_bytes": counters.max_target_bytes,
         "target_kv_bytes_full": counters.full_bytes_then,
         "target_kv_host_bytes": cache.host_nbytes,
+        "target_kv_prefill_bytes": counters.prefill_bytes,
         "recall_bytes": cache.recall_bytes,
         "new_per_round": mean(counters.new_entries),
         "kept_per_layer": cache.kept_per_layer(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..attention import refuse_windows
 from ..config import RunConfig
+from ..controller import Adaptive, make_controller
 from ..display import Display, batch_line, live_line
 from ..errors import UserError
 from ..generation_batch import GenerationBatch
@@ -25,6 +26,7 @@ SUMMED = (
     "seconds",
     "rounds",
     "drafted_tokens",
+    "undrafted_rounds",
     "accepted_tokens",
     "recall_bytes",
 )
@@ -32,6 +34,7 @@ LARGEST = (
     "target_kv_allocated_bytes",
     "target_kv_host_bytes",
     "target_kv_window_bytes",
+    "target_kv_prefill_bytes",
     "draft_kv_bytes",
     "scratch_bytes",
     "peak_memory_bytes",
@@ -40,15 +43,18 @@ LARGEST = (
 
 def load_generator(config: RunConfig, need_draft: bool = False) -> SpecSmallKV:
     """The pair, policy and draft length that a run's configuration asks for. need_draft: load it in any case."""
-    num_draft_tokens = asked_for(config)["num_draft_tokens"]
+    num_draft_tokens, controller = asked_for(config)["num_draft_tokens"], make_controller(config.speculation)
     needs_draft = need_draft or bool(num_draft_tokens) or config.policy.reads_draft
     pair = load_pair(config.model, need_draft=needs_draft, quiet=config.quiet)
-    return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention)
+    return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention, controller)
 
 
 def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
     """The keys of a record that say what was run."""
-    return asked_for(config) | {
+    controller = spec.controller
+    costs = {"cost_table": controller.table.plain()} if isinstance(controller, Adaptive) else {}
+    own = asked_for(config) | costs
+    return own | {
         "device": str(spec.pair.target.device),
         "dtype": str(spec.pair.target.dtype).removeprefix("torch."),
         "attention": spec.attention,
@@ -218,5 +224,6 @@ def combine(outputs: list[dict[str, Any]], batch: dict[str, Any] | None = None) 
         "tokens_per_second": total["new_tokens"] / max(total["seconds"], 1e-9),
         "decode_tokens_per_second": emitted / max(decoding, 1e-9),
         "acceptance_rate": total["accepted_tokens"] / total["drafted_tokens"] if total["drafted_tokens"] else None,
+        "drafted_per_round": total["drafted_tokens"] / total["rounds"] if total["rounds"] else None,
         "acceptance_length": emitted / total["rounds"] if total["rounds"] else None,
     }

@@ -80,4 +80,6 @@ def neediest(policies: list[Policy]) -> Policy:
     policy = min(policies, key=lambda policy: (not policy.reads_draft, policy.kv_budget, -policy.num_observed))
     field = "observation_size" if hasattr(policy, "observation_size") else "window_size"
     widest: dict[str, Any] = {field: max(policy.num_observed for policy in policies)}
+    if policy.prefill_chunk:  # those that evict while they read read for themselves
+        widest["prefill_chunk"] = 0
     return replace(policy, **widest)

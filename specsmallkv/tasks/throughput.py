@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from ..attention import AttentionMass, refuse_windows
 from ..config import RunConfig
+from ..controller import make_controller
 from ..decode import Decoder, Round
 from ..display import Display
 from ..errors import UserError
@@ -28,7 +29,7 @@ from .generate import setting_figures
 from .grid import neediest, policy_grid
 from .roofline import Machine, measure_machine, roofline
 from .texts import passage
-from .throughput_systems import SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
+from .throughput_systems import ADAPTS, SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
 
 Row = dict[str, Any]
 LEFT_OUT = object()
@@ -117,12 +118,13 @@ class ThroughputTask:
     # --- what is measured ----------------------------------------------------------------------------------------
 
     def _policy(self, chosen: Policy, name: str) -> Policy:
-        (policy,) = policy_grid(chosen, [name.removesuffix(SPECULATES)], [chosen.kv_budget])
+        entry = name.removesuffix(SPECULATES).removesuffix(ADAPTS)
+        (policy,) = policy_grid(chosen, [entry], [chosen.kv_budget])
         return policy
 
     def _load(self, config: RunConfig, policies: dict[str, Policy]) -> tuple[SpecSmallKV, list[Slot]]:
         """The pair, and its layers before they were packed, for transformers' own systems."""
-        speculates = any(name.endswith(SPECULATES) or name == "assisted" for name in self.systems)
+        speculates = any(name.endswith((SPECULATES, ADAPTS)) or name == "assisted" for name in self.systems)
         need_draft = speculates or any(policy.reads_draft for policy in policies.values())
         pair = load_pair(replace(config.model, linear="torch"), need_draft, config.quiet)
         models = [model for model in (pair.target, pair.draft) if model is not None]
@@ -169,9 +171,10 @@ class ThroughputTask:
                 options = {"prompt_lookup_num_tokens": self.lookup_tokens} if name == "prompt_lookup" else {}
                 systems.append(StockSystem(name, prompt, pair.draft, originals, options, drafting))
             else:
-                count = spec.num_draft_tokens if name.endswith(SPECULATES) else 0
+                count = spec.num_draft_tokens if name.endswith((SPECULATES, ADAPTS)) else 0
+                controller = make_controller(replace(config.speculation, adaptive=name.endswith(ADAPTS)))
                 decoder = Decoder(
-                    pair.target, pair.draft, policies[name], count, None, spec.attention, head_map=pair.head_map
+                    pair.target, pair.draft, policies[name], count, None, spec.attention, pair.head_map, controller
                 )
                 systems.append(OwnSystem(name, decoder, prompt))
         return [Measured(system) for system in systems]
@@ -293,6 +296,6 @@ def _over_prompts(key: str, values: list[Any]) -> Any:
 
 def headline(rows: list[dict[str, Any]], chosen: Policy, speculation: str) -> dict[str, Any]:
     """The figures at the top of the record: those of the run's own policy and speculation, if it was measured."""
-    name = chosen.name + (SPECULATES if speculation == "draft" else "")
+    name = chosen.name + {"draft": SPECULATES, "adaptive": ADAPTS}.get(speculation, "")
     own = next((row for row in rows if row["name"] == name), {"name": None})
     return {key: value for key, value in own.items() if key not in ("name", "policy", "kv_budget", "num_draft_tokens")}

@@ -21,7 +21,7 @@ from ..linear import Slot, exchange
 from ..memory import peak_memory_bytes, reset_peak_memory
 
 STOCK = ("transformers", "assisted", "prompt_lookup")
-SPECULATES = "+draft"  # behind a policy's name: with speculation
+SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with speculation, fixed or by the controller
 
 
 @dataclass
@@ -117,7 +117,7 @@ class OwnSystem:
         run.passes += 1
         run.rows += round_.num_drafted + 1
         run.target_kv_read += sequence.counters.last_target_bytes
-        headless = 1 if sequence.evidence.oracle is not None else 0
+        headless = 1 if sequence.reading is not None else 0
         run.steps += round_.num_drafted + headless
         run.headless += headless
         if sequence.draft is not None:
