@@ -38,7 +38,7 @@ def break_even(target: float, draft: float, scratch: float, weights: float, budg
 def per_token(pair: str) -> tuple[float, float, float, float]:
     """T, D, s in bytes, and W."""
     target, draft, draft_heads, target_heads, parameters = PAIRS[pair]
-    scratch = 4 * (draft_heads * (BLOCK + 1) + target_heads)  # rows, their sum, history
+    scratch = 4 * (draft_heads * (2 * BLOCK + 1) + target_heads)  # rows, a copy, their sum; history
     return 4 * float(np.prod(target)), 4 * float(np.prod(draft)), scratch, 2 * parameters
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         bottom += height
     left.set_xticks(x, [f"{p['tokens']:,}" for p in points])
     left.set(xlabel="prompt tokens", ylabel="MiB", title=f"{records[0]['model']}, measured")
-    left.legend()
+    left.legend(loc="upper left")
     last = points[-1]
     sizes = [last[key] / last["tokens"] for key in ("target_kv_bytes_full", "draft_kv_bytes", "scratch_bytes")]
     pairs = {records[0]["model"]: (*sizes, last["draft_weight_bytes"])} | {pair: per_token(pair) for pair in PAIRS}

@@ -19,7 +19,7 @@ def main() -> None:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.invert_yaxis()
         axes.set(xlabel="CPU ms per token", title=f"{record['prompt_tokens']:,} prompt tokens")
-    panels[0].legend()
+    made.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     first = records[0]
     setting = f"{first['dtype']} ({first['linear']})", f"kv_budget {first['kv_budget']}"
     plotting.title(made, first["model"], *setting)

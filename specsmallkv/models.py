@@ -97,7 +97,8 @@ def _spread(config: ModelConfig, need_draft: bool, dtype: torch.dtype, quiet: bo
     """Where the target's modules lie if it needs several GPUs; None: on one device."""
     if config.device != "auto":
         return None
-    return device_map(config.target, config.draft if need_draft else None, dtype, quiet, torch.cuda.device_count())
+    draft = config.draft.removeprefix(UNTRAINED) if need_draft and config.draft else None
+    return device_map(config.target, draft, dtype, quiet, torch.cuda.device_count())
 
 
 def _add_draft(pair: ModelPair, config: ModelConfig, dtype: torch.dtype, quiet: bool) -> None:
