@@ -86,6 +86,11 @@ class Scores:
         self.nll_full += (-full.gather(1, index)).squeeze(1).tolist()
 
 
+def mean_interval(texts: list[list[float]]) -> tuple[float, float]:
+    """95% interval of a mean over texts, resampled as in `bootstrap_interval`."""
+    return bootstrap_interval(texts, [[1.0] * len(values) for values in texts])
+
+
 def bootstrap_interval(
     ours: list[list[float]], others: list[list[float]], runs: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
@@ -99,6 +104,6 @@ def bootstrap_interval(
         positions = torch.tensor(pair)  # (2, n)
         index = torch.randint(positions.shape[1], (runs, positions.shape[1]), generator=generator)
         totals += positions[:, index].mean(-1)
-    means = (totals / len(ours)).clamp_min(1e-12)
-    low, high = (means[0] / means[1]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    means = totals / len(ours)
+    low, high = (means[0] / means[1].clamp_min(1e-12)).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high

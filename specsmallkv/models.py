@@ -31,6 +31,7 @@ from .sources import check_weights, model_class, read_config, resolve, typed_con
 from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
 from .trimmed_head import IDS_KEY, trim_head
 
+UNTRAINED = "untrained:"  # before a draft's source: the same model with random weights in its layers
 DRAFT_KEY = "specsmallkv_draft"  # in the config.json of a draft that `task=distill` wrote
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, str]  # model, tokenizer, origin
 
@@ -96,7 +97,8 @@ def _spread(config: ModelConfig, need_draft: bool, dtype: torch.dtype, quiet: bo
     """Where the target's modules lie if it needs several GPUs; None: on one device."""
     if config.device != "auto":
         return None
-    return device_map(config.target, config.draft if need_draft else None, dtype, quiet, torch.cuda.device_count())
+    draft = config.draft.removeprefix(UNTRAINED) if need_draft and config.draft else None
+    return device_map(config.target, draft, dtype, quiet, torch.cuda.device_count())
 
 
 def _add_draft(pair: ModelPair, config: ModelConfig, dtype: torch.dtype, quiet: bool) -> None:
@@ -134,7 +136,12 @@ def load_draft(
     target_tokenizer: PreTrainedTokenizerBase,
     quiet: bool = False,
 ) -> Loaded:
-    """Any source, or a distilled draft, which uses the target's embeddings and tokenizer."""
+    """Any source, or a distilled draft, which uses the target's embeddings and tokenizer; UNTRAINED before either."""
+    if source.startswith(UNTRAINED):
+        source = source.removeprefix(UNTRAINED)
+        model, tokenizer, _ = load_draft(source, target, dtype, device, target_source, target_tokenizer, quiet)
+        random_model.untrain(model)
+        return model, tokenizer, "random weights"
     if source.startswith("random:"):
         return load_target(source, dtype, device)
     directory = resolve(source, quiet)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
+from .config import PACKAGE, RunConfig
 from .errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,9 +49,13 @@ def default_prompt() -> str:
 
 
 def read_text(key: str, path: str) -> str:
-    """The file's text, byte for byte but for a byte-order mark; whitespace alone is empty; `.gz` is unpacked."""
+    """The file's text, byte for byte but for a byte-order mark; whitespace alone is empty; `.gz` is unpacked.
+
+    `package:PATH` lies inside this package, e.g. package:data/default_prompt.txt.
+    """
+    file = PACKAGE / path.removeprefix("package:") if path.startswith("package:") else Path(path).expanduser()
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = file.read_bytes()
         text = (gzip.decompress(content) if path.endswith(".gz") else content).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{key}={path} does not exist; give the path of a text file.") from None

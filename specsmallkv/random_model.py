@@ -48,6 +48,19 @@ def empty(source: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(_config(*_parse(source)))
 
 
+@torch.no_grad()
+def untrain(model: PreTrainedModel, seed: int = 0) -> None:
+    """Random weights in the layers of any model, a negative control; norms, biases and embeddings stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, weight in sorted(model.get_decoder().layers.named_parameters()):
+        if weight.dim() > 1:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * _deviation(model))
+
+
+def _deviation(model: PreTrainedModel) -> float:
+    return LOGIT_SCALE / math.sqrt(model.config.hidden_size)
+
+
 def _parse(source: str) -> tuple[str, dict[str, int]]:
     family, _, query = source.removeprefix("random:").partition("?")
     try:
@@ -109,5 +122,5 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, weight in sorted(model.named_parameters()):
         if weight.dim() > 1:
-            weight.normal_(0.0, LOGIT_SCALE / math.sqrt(model.config.hidden_size), generator=generator)
+            weight.normal_(0.0, _deviation(model), generator=generator)
     model.get_output_embeddings().weight[BYTE_VOCAB_SIZE:] = 0.0  # ids without a token are never the likeliest

@@ -5,7 +5,8 @@
     pypi:PACKAGE==VERSION/MEMBER.gguf#sha256=HEX    a GGUF inside a package-index wheel (`wheel.py`)
     package:drafts/NAME                             a directory shipped inside this package
 
-`random:` models have no directory and are built by `random_model.py`.
+`random:` models have no directory and are built by `random_model.py`; `untrained:` before a draft's source loads that
+draft with random weights in its layers, as a negative control.
 """
 
 import json

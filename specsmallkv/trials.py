@@ -27,12 +27,14 @@ MEASURE_EVERY = 8  # blocks between two looks at the attention itself, which cos
 class Block:
     """A verify block that begins with the text's token at `position`; the first `count` positions are scored.
 
-    A position is scored if every token read up to it is the text's own. measure: look at the attention itself too.
+    A position is scored if every token read up to it is the text's own. proposed: the draft's drafts, not the text's.
+    measure: look at the attention itself too.
     """
 
     position: int
     drafts: list[int]
     count: int
+    proposed: bool
     measure: bool
 
 
@@ -41,6 +43,7 @@ class Trial:
     """One policy at one budget: its own target cache, the shared draft. The full cache is a trial as well.
 
     budget: of `task.kv_budgets`, by which trials are compared; the policy's own may differ (bytes matched in total).
+    over_decoding: (tokens since the prompt, Jaccard, attention recall) of each block that was looked at.
     """
 
     policy: Policy
@@ -50,6 +53,8 @@ class Trial:
     scores: Scores = field(default_factory=Scores)
     recall: list[list[float]] = field(default_factory=list)
     jaccard: list[float] = field(default_factory=list)
+    over_decoding: list[tuple[int, float | None, float]] = field(default_factory=list)
+    draft_agrees: list[bool] = field(default_factory=list)
     byte_share: list[float] = field(default_factory=list)
     total_share: list[float] = field(default_factory=list)
 
@@ -69,8 +74,17 @@ class Trial:
         self.sequence.tokens = text[: block.position + block.count + 1]
         self.decoder.rollback(self.sequence, 0)
 
-    def measure(self, queries: dict[int, Tensor], full: TieredCache) -> None:
-        """Attention mass and overlap per layer, by the full cache's keys and its queries (1, H_q, n, D)."""
+    def judge(self, block: Block, logits: Tensor) -> None:
+        """Note which of the draft's proposals, behind the text's own tokens, are the policy's greedy ones; (n, V)."""
+        if block.proposed:
+            pairs = zip(block.drafts, logits.argmax(-1).tolist(), strict=False)
+            self.draft_agrees += [draft == token for draft, token in pairs]
+
+    def measure(self, queries: dict[int, Tensor], full: TieredCache, decoded: int) -> None:
+        """Attention mass and overlap per layer, by the full cache's keys and its queries (1, H_q, n, D).
+
+        decoded: tokens between the prompt and the block.
+        """
         scaling, recall, jaccard = self.sequence.evidence.scaling, [], []
         for index, layer in enumerate(self.sequence.target.layers):
             if layer.window is not None:  # exact
@@ -82,6 +96,8 @@ class Trial:
                 jaccard.append(jaccard_of_top(layer, queries[index], keys, scaling))
         self.recall.append(recall)
         self.jaccard += jaccard
+        overlap = sum(jaccard) / len(jaccard) if jaccard else None
+        self.over_decoding.append((decoded, overlap, sum(recall) / len(recall)))
 
 
 def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) -> None:
@@ -99,10 +115,11 @@ def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) ->
     for trial, own in zip(trials, logits, strict=True):
         trial.weigh(base.sequence.draft)
         trial.score(own, full, following)
+        trial.judge(block, own)
         trial.commit(block, text)
     for trial in trials:
         if block.measure:
-            trial.measure(calls[0].queries, sequences[0].target)
+            trial.measure(calls[0].queries, sequences[0].target, block.position - base.context)
         trial.decoder.evict(trial.sequence)
 
 
@@ -154,17 +171,21 @@ class Base:
         draft, target = self.sequence.draft, self.sequence.target
         return draft.held_nbytes / draft.seen * target.seen / max(target.full_nbytes, 1) if draft else 0.0
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the draft reads the blocks. If all policies are static, blocks change nothing (invariant 2)."""
+        return self.sequence.draft is not None and any(p.every_round or p.reads_draft for p in self.policies)
+
     def draft(self, text: list[int], position: int, gold: bool) -> list[int]:
         """Drafts for the block that begins with the text's token at `position`; their rows lie in the oracle.
 
-        Blocks are cut where any of the policies evicts. If all are static, no drafting is needed: blocks then
-        change nothing (invariant 2).
+        Blocks are cut where any of the policies evicts. Without need for rows they are the text's own tokens.
         """
         decoder, oracle, cache = self.decoder, self.sequence.evidence.oracle, self.sequence.draft
         room = [policy.evict_block - position % policy.evict_block - 1 for policy in self.policies]
         count = min(decoder.num_draft_tokens, len(text) - 2 - position, *room)
         following = text[position + 1 : position + 1 + count]
-        if cache is None or not any(policy.every_round or policy.reads_draft for policy in self.policies):
+        if cache is None or not self.needs_rows:
             return following
         if oracle is not None:
             oracle.block.start(position, count + 1)
@@ -223,11 +244,12 @@ def run_trials(
     gold: a block's drafts are what the text says next, instead of what the draft proposes.
     """
     full = open_trial(base, load_policy("full"))
-    position, number = base.context, 0
+    position, number, proposed = base.context, 0, base.needs_rows and not gold
     while position < len(text) - 1:
         drafts = base.draft(text, position, gold)
         count = matching_prefix(drafts, text[position + 1 :]) + 1
-        advance(base, [full, *trials], text, Block(position, drafts, count, measure=number % MEASURE_EVERY == 0))
+        measure = number % MEASURE_EVERY == 0
+        advance(base, [full, *trials], text, Block(position, drafts, count, proposed, measure))
         base.rewind(position + count)
         progress(count)
         position, number = position + count, number + 1

@@ -13,7 +13,7 @@ from specsmallkv.matching import HeadMap, HeadMapFit
 from specsmallkv.metrics import mass_caught
 from specsmallkv.presets import load_policy
 from specsmallkv.saved_map import load_head_map, save_head_map
-from specsmallkv.tasks.calibrate import Fold, quality
+from specsmallkv.tasks.calibrate import Fold, mixture_of, quality
 
 TARGET = "random:llama?layers=2&hidden=64&heads=4&kv_heads=2&vocab=320&context=32768&seed=0"
 DRAFT = "random:llama?layers=2&hidden=32&heads=4&kv_heads=2&vocab=320&context=32768&seed=1"
@@ -72,6 +72,26 @@ def test_the_file_holds_the_best_measured_mixture_and_says_what_it_was_made_of(r
         assert 0 < row["mass_at_0.05"] <= row["mass_at_0.05_oracle"] < row["mass_at_0.1_oracle"] <= 1
 
 
+def test_controls_know_less_than_the_best_single_head_and_mass_grows_with_the_share_of_tokens(record):
+    (control,) = record["controls"]
+    assert control["control"] == "random_heads" and control["cosine"] < record["results"][0]["cosine"]
+    for row, cosine in ((control, control["cosine"]), (record, max(r["cosine"] for r in record["results"]))):
+        cosines = torch.tensor(row["cosine_per_head"])
+        assert cosines.shape == (2, 4) and float(cosines.mean()) == pytest.approx(cosine, abs=1e-3)
+    masses = [row["mass"] for row in record["sparsity"]]
+    assert masses == sorted(masses) and 0 < masses[0] < masses[-1] <= 1
+    assert all(len(row["mass_per_layer"]) == 2 for row in record["sparsity"])
+    at_a_tenth = next(row["mass"] for row in record["sparsity"] if row["share"] == 0.1)
+    assert at_a_tenth == pytest.approx(record["results"][0]["mass_at_0.1_oracle"], abs=0.02)
+
+
+def test_an_untrained_draft_is_another_one_of_the_same_shape(record, folder):
+    options = ["task=calibrate", *SMALL, f"task.text_files=[{folder}/a.txt,{folder}/b.txt]", "task.untrained=true"]
+    found = run(*options, f"task.output={folder}/untrained.safetensors")
+    assert found["draft_weights"] == "random weights" and found["target_fingerprint"] == record["target_fingerprint"]
+    assert found["draft_fingerprint"] != record["draft_fingerprint"]
+
+
 def test_one_text_is_judged_window_by_window(folder):
     figures = run("task=calibrate", *SMALL, f"task.text_file={folder}/a.txt", f"task.output={folder}/one.safetensors")
     assert figures["num_rows"] == 64 and all(math.isfinite(row["cosine"]) for row in figures["results"])
@@ -83,10 +103,10 @@ def test_figures_are_of_what_was_left_out():
     for seed, fold in enumerate(folds):
         draft = random_rows(M, seed)
         fold.add(draft, iter([draft[order.roll(seed)]]))
-    figures, similarity = quality(folds, 1)
+    figures, similarity = quality(folds, mixture_of(1))
     assert similarity.max() < 0.5 and figures["cosine"] < 0.3
     assert figures["mass_at_0.1"] < 0.7 * figures["mass_at_0.1_oracle"]
-    same, _ = quality([folds[0], Fold(folds[0].fit, folds[0].samples)], 1)
+    same, _ = quality([folds[0], Fold(folds[0].fit, folds[0].samples)], mixture_of(1))
     assert same["cosine"] == pytest.approx(1, abs=1e-3)
     assert same["mass_at_0.1"] == pytest.approx(same["mass_at_0.1_oracle"], abs=1e-3)
 

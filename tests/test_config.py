@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig, check
 from specsmallkv.errors import UserError
-from specsmallkv.prompts import Request, default_prompt, read_requests
+from specsmallkv.presets import build
+from specsmallkv.prompts import Request, default_prompt, read_requests, read_text
 
 
 def options(group: str) -> list[str]:
@@ -64,12 +65,15 @@ def test_every_target_is_a_class_that_takes_exactly_the_keys_of_its_file(group, 
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_composes_and_sweeps_over_known_keys(name):
+def test_every_experiment_composes_on_any_pair_and_sweeps_over_known_keys(name):
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         hydra = compose("config", [f"+experiment={name}"], return_hydra_config=True).hydra
-    swept = [f"{key}={str(values).split(',')[0]}" for key, values in hydra.sweeper.params.items()]
-    check(config_of(f"+experiment={name}", *swept))
-    assert swept
+    swept = [f"{key}={str(values).split(',')[0]}" for key, values in (hydra.sweeper.params or {}).items()]
+    assert bool(swept) == (hydra.mode is not None and hydra.mode.name == "MULTIRUN")
+    for pair in ([], ["+model=qwen2.5-coder-1.5b"]):
+        config = config_of(f"+experiment={name}", *pair, *swept)
+        check(config)
+        build(OmegaConf.create(config.task), "task"), build(OmegaConf.create(config.policy), "policy")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: file.stem)
@@ -167,6 +171,12 @@ def write(directory: Path, content: str | bytes) -> str:
 def test_a_prompt_file_is_read_byte_for_byte_without_its_byte_order_mark(tmp_path):
     path = write(tmp_path, "\ufeff  ${X}\r\nlast\u2028line \n")
     assert read_requests(config_with(prompt_file=path)) == [Request(prompt="  ${X}\r\nlast\u2028line \n")]
+
+
+def test_a_prompt_file_may_lie_in_the_package():
+    name = "package:data/default_prompt.txt"
+    assert read_requests(config_with(prompt_file=name)) == [Request(prompt=read_text("prompt_file", name))]
+    assert read_text("prompt_file", name).rstrip("\n") == default_prompt()
 
 
 def test_a_messages_file_is_one_conversation(tmp_path):

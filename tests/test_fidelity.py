@@ -97,6 +97,34 @@ def test_the_full_cache_is_at_no_distance(record):
     assert row["kl_mean"] == 0 and row["top1_agreement"] == row["kv_share_mean"] == row["total_share_mean"] == 1
 
 
+def test_means_lie_in_their_intervals_and_of_the_full_caches_kl_there_is_nothing_to_vary(record):
+    for row in record["results"]:
+        for key in ("kl_mean", "top1_agreement", *(["draft_agreement"] if row["rows"] == "drafted" else [])):
+            low, high = row[f"{key}_interval"]
+            assert low - 1e-9 <= row[key] <= high + 1e-9
+    assert find(record, text="mean", rows="drafted", policy="full")["kl_mean_interval"] == (0, 0)
+
+
+def test_drafts_are_judged_by_each_policys_own_greedy_tokens_and_only_where_the_draft_proposed_them(record, files):
+    assert all(("draft_agreement" in row) == (row["rows"] == "drafted") for row in record["results"])
+    options = [f"task.text_file={files}/a.txt", "task.eval_tokens=40", 'model.draft="${model.target}"']
+    twins = fidelity(*options, "task.policies=[full,snapkv,specsmallkv]", "task.kv_budgets=[0.3]")
+    rates = {row["policy"]: row["draft_agreement"] for row in twins["results"]}
+    assert rates["full"] == 1 > rates["specsmallkv"] and rates["snapkv"] < 1, "the draft is the target"
+    static = fidelity(*options, "task.policies=[snapkv]")
+    assert "draft_agreement" not in static["results"][0], "nobody drafts for static policies"
+
+
+def test_what_is_looked_at_over_decoding_is_what_the_means_are_made_of(record):
+    row = find(record, text="a.txt", rows="drafted", policy="snapkv", kv_budget=0.3)
+    decoded, jaccard, recall = zip(*row["over_decoding"], strict=True)
+    assert decoded[0] == 0 and list(decoded) == sorted(set(decoded)) and decoded[-1] < 24
+    assert sum(recall) / len(recall) == pytest.approx(row["attention_recall"])
+    assert sum(jaccard) / len(jaccard) == pytest.approx(row["jaccard"])
+    both = find(record, text="mean", rows="drafted", policy="snapkv", kv_budget=0.3)["over_decoding"]
+    assert len(both) > len(decoded) and set(map(tuple, row["over_decoding"])) < set(map(tuple, both))
+
+
 def test_snapkv_at_the_same_total_holds_what_specsmallkv_holds_with_the_draft(record):
     for budget in (0.3, 0.4):
         ours = find(record, text="a.txt", rows="gold", policy="specsmallkv", kv_budget=budget)

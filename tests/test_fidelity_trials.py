@@ -84,7 +84,7 @@ def test_the_full_cache_in_bfloat16_is_at_distance_zero_from_itself_in_every_blo
     position = 120
     for count in (4, 4, 2, 1, 3, 2):  # scored of a block of up to 4; the rest is rolled back
         drafts = text[position + 1 : position + min(4, 8 - position % 8)]
-        advance(base, trials, text, Block(position, drafts, count, measure=True))
+        advance(base, trials, text, Block(position, drafts, count, proposed=True, measure=True))
         position += count
     reference, snapkv, full, oracle = trials
     assert reference.scores.kl == full.scores.kl == [0.0] * 16
@@ -121,7 +121,8 @@ def test_a_trial_scores_what_decoding_verifies_though_it_reads_no_rejected_draft
     full, trial, scored = open_trial(base, load_policy("full")), open_trial(base, policy), []
     trial.score = lambda logits, *rest: scored.append(logits)
     drafts = base.draft(text, 240, gold=False)
-    advance(base, [full, trial], text, Block(240, drafts, 2, measure=True))  # as if the first draft were the text
+    block = Block(240, drafts, 2, proposed=True, measure=True)  # as if the first draft were the text
+    advance(base, [full, trial], text, block)
 
     decoder = Decoder(spec.pair.target, spec.pair.draft, policy, 3)
     sequence = decoder.start(text[:240], 20)

@@ -386,6 +386,18 @@ def test_distilled_draft_computes_what_its_layers_say(dtype, distilled):
     assert torch.equal(drafted, pair.target(ids).logits)
 
 
+def test_an_untrained_draft_has_random_layers_always_the_same_and_the_embeddings_of_the_source(distilled):
+    target, draft = distilled(tied=True)
+    trained, *untrained = (
+        load_pair(pair_config(target, source), need_draft=True) for source in (draft, *[f"untrained:{draft}"] * 2)
+    )
+    first, second = (dict(pair.draft.named_parameters()) for pair in untrained)
+    for name, weight in trained.draft.named_parameters():
+        assert torch.equal(first[name], second[name])
+        assert torch.equal(first[name], weight) == (".layers." not in name or weight.dim() == 1), name
+    assert untrained[0].draft_origin == "random weights"
+
+
 def test_distilled_draft_with_a_trimmed_head_proposes_the_tokens_that_it_lists(distilled):
     target, draft = distilled(tied=True)
     whole = load_pair(pair_config(target, draft), need_draft=True)

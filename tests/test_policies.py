@@ -94,6 +94,16 @@ def test_a_budget_that_covers_everything_plans_nothing(name):
     assert not policy.due(least) and policy.due(least + 1)
 
 
+def test_an_oracle_that_removes_from_a_middle_rank_on_keeps_what_is_above_and_the_least_attended():
+    order = torch.randperm(2 * N, generator=torch.Generator().manual_seed(0)).float()
+    policy = load_policy("oracle", kv_budget=0.75, removed_from=0.1, num_sink_tokens=0, window_size=8)
+    layer = planned(policy, layer_of(N, policy.residency), evidence_of(8, order.expand(1, H_KV, -1)))
+    ranked = order[: N - 8].argsort(descending=True).tolist()
+    above, removed = 40, N // 4  # 0.1 x 392 candidates, rounded up
+    kept = ranked[:above] + ranked[above + removed :]
+    assert layer.kept_positions[0].tolist() == [sorted(kept)] * H_KV
+
+
 @pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv", "oracle"])
 def test_the_most_salient_tokens_are_critical_and_the_next_marginal(name):
     policy = load_policy(name, kv_budget=0.25, **({"own_share": 0.0} if name == "smallkv" else {}))
@@ -268,6 +278,7 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("streaming_llm", "num_sink_tokens", -1),
         ("pyramidkv", "beta", 0.5),
         ("h2o", "recent_share", 1.0),
+        ("oracle", "removed_from", 1.5),
     ],
 )
 def test_impossible_settings_are_refused_with_their_value(name, field, value):

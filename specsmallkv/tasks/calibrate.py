@@ -5,12 +5,13 @@ cross-validated: for each text (of a single text: each window) a map is fitted o
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import AttentionCall, AttentionRows, attention_probabilities, attention_scaling, window_mask
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..matching import HeadMap, HeadMapFit
 from ..metrics import mass_caught
-from ..models import fingerprint
+from ..models import UNTRAINED, fingerprint
 from ..policies import Policy
 from ..presets import load_policy
 from ..saved_map import save_head_map
@@ -31,6 +32,7 @@ from .texts import passage, read_texts
 
 FILE = "head_map.safetensors"  # in the run directory
 SHARES = (0.05, 0.1)  # of the tokens, at which the caught mass is measured
+RANKED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # of the tokens, the most attended first
 
 
 @dataclass
@@ -62,6 +64,7 @@ class CalibrateTask:
 
     context_tokens: read of each. The last num_windows x window_size of them give rows. mixtures: how many draft heads
     a target head may mix; the best by cosine is written to output, None: a file in the run directory.
+    untrained: random weights in the draft's layers, as a negative control.
     """
 
     name: str
@@ -73,6 +76,7 @@ class CalibrateTask:
     window_size: int
     num_windows: int
     mixtures: list[int]
+    untrained: bool
     output: str | None
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class CalibrateTask:
         if len(contents) * self.num_windows < 2:
             raise UserError("one window of one text leaves nothing to measure the map on; set task.num_windows=2.")
         config.model.head_map = None  # one is made here
+        if self.untrained and config.model.draft:
+            config.model.draft = UNTRAINED + config.model.draft
         with display.waiting("loading the models"):
             spec = load_generator(config, need_draft=True)
         texts = {
@@ -107,7 +113,8 @@ class CalibrateTask:
         display.calibration(figures)
         own = {"output": str(path), "output_bytes": path.stat().st_size, "results": figures}
         lengths = {"prompt_tokens": self.context_tokens, "text": None}
-        return setting_figures(config, spec) | lengths | own | facts
+        beside = {"cosine_per_head": per_head(head_map.similarity), "controls": controls(folds)}
+        return setting_figures(config, spec) | lengths | own | beside | {"sparsity": sparsity(folds)} | facts
 
     def _read(self, spec: SpecSmallKV, policy: Policy, texts: dict[str, list[int]], display: Display) -> list[Fold]:
         """A fold for each text, or for each window if there is one text."""
@@ -124,7 +131,10 @@ class CalibrateTask:
 
     def _best(self, folds: list[Fold]) -> tuple[list[dict[str, Any]], HeadMap]:
         """Figures of every mixture, and the best one's map of all folds, with the similarity on what was left out."""
-        figures, similarities = zip(*(quality(folds, count) for count in sorted(set(self.mixtures))), strict=True)
+        counts = sorted(set(self.mixtures))
+        figures, similarities = zip(*(quality(folds, mixture_of(count)) for count in counts), strict=True)
+        for count, row in zip(counts, figures, strict=True):
+            row["num_draft_heads"] = count
         best = max(range(len(figures)), key=lambda index: figures[index]["cosine"])
         for index, row in enumerate(figures):
             row["chosen"] = index == best
@@ -201,19 +211,51 @@ def total(folds: list[Fold]) -> HeadMapFit:
     return fit
 
 
-def quality(folds: list[Fold], num_heads: int) -> tuple[dict[str, Any], Tensor]:
-    """How well mixtures of `num_heads` predict each fold when fitted on the others; and the cosines (L, H_q).
+def mixture_of(num_heads: int) -> Callable[[HeadMapFit], HeadMap]:
+    return lambda fit: fit.solve("mixture", num_heads=num_heads)
+
+
+def controls(folds: list[Fold]) -> list[dict[str, Any]]:
+    """What maps reach that know nothing."""
+    figures, similarity = quality(folds, random_heads)
+    return [{"control": "random_heads"} | figures | {"cosine_per_head": per_head(similarity)}]
+
+
+def per_head(similarity: Tensor) -> list[list[float]]:
+    """(L, H_q) for the record."""
+    return [[round(value, 4) for value in layer] for layer in similarity.tolist()]
+
+
+def random_heads(fit: HeadMapFit) -> HeadMap:
+    """A negative control: for each target head any draft head."""
+    shape = torch.stack(fit.correlations).shape  # (L, H_q, M)
+    chosen = torch.randint(shape[-1], shape[:2], generator=torch.Generator().manual_seed(0))
+    weights = F.one_hot(chosen, shape[-1]).float().to(fit.correlations[0].device)
+    return HeadMap(weights, fit.similarity_of(weights))
+
+
+def sparsity(folds: list[Fold]) -> list[dict[str, Any]]:
+    """Attention mass of the target's sampled rows on their most attended tokens (paper: Fig. 2), sinks left out."""
+    rows = [target.float() for fold in folds for _, target in fold.samples]
+    found = []
+    for share in RANKED:
+        mass = torch.stack([mass_caught(true, true, share).mean(-1) for true in rows]).mean(0)  # (L,)
+        found.append({"share": share, "mass": float(mass.mean()), "mass_per_layer": mass.tolist()})
+    return found
+
+
+def quality(folds: list[Fold], solve: Callable[[HeadMapFit], HeadMap]) -> tuple[dict[str, Any], Tensor]:
+    """How well the map that `solve` makes of all other folds predicts each; and the cosines (L, H_q).
 
     Means over folds, heads and, for the caught mass, sampled rows; the oracle ranks by the true rows.
     """
     cosines, caught = [], []
     for fold in folds:
-        head_map = total([other for other in folds if other is not fold]).solve("mixture", num_heads=num_heads)
+        head_map = solve(total([other for other in folds if other is not fold]))
         cosines.append(fold.fit.similarity_of(head_map.weights))
         caught += [caught_by(head_map, draft, target) for draft, target in fold.samples]
     similarity, mass = torch.stack(cosines).mean(0), torch.tensor(caught).mean(0).tolist()
     figures = {
-        "num_draft_heads": num_heads,
         "cosine": float(similarity.mean()),
         "cosine_per_layer": similarity.mean(-1).tolist(),
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..metrics import bootstrap_interval
+from ..metrics import bootstrap_interval, mean_interval
 from ..trials import Trial
 
 MEAN = "mean"  # what stands for the text's name in rows of means
@@ -28,11 +28,16 @@ AVERAGED = (
 
 @dataclass
 class Result:
-    """figures: a row of the record. kl: per text, of every position. budget: by which rows are compared."""
+    """figures: a row of the record. budget: by which rows are compared.
+
+    kl, agrees: per text, of every position. draft_agrees: per text, of every draft that was judged.
+    """
 
     figures: dict[str, Any]
-    kl: list[list[float]]
     budget: float
+    kl: list[list[float]]
+    agrees: list[list[float]]
+    draft_agrees: list[list[float]]
 
     def key(self, *names: str) -> tuple[Any, ...]:
         return (*(self.figures[name] for name in names), self.budget)
@@ -55,6 +60,7 @@ def summary(trial: Trial, text: str, rows: str) -> Result:
         "attention_recall": mean([share for layers in trial.recall for share in layers]),
         "attention_recall_per_layer": [mean(layer) for layer in zip(*trial.recall, strict=True)],
         "jaccard": mean(trial.jaccard),
+        "over_decoding": [list(point) for point in trial.over_decoding],
         "kv_share_mean": mean(trial.byte_share),
         "total_share_mean": mean(trial.total_share),
         "target_kv_bytes": counters.max_target_bytes,
@@ -67,7 +73,19 @@ def summary(trial: Trial, text: str, rows: str) -> Result:
     }
     if trial.budget != trial.policy.kv_budget:
         figures["matched_budget"] = trial.budget
-    return Result(figures, [scores.kl], trial.budget)
+    agrees, draft_agrees = ([float(same) for same in found] for found in (scores.agrees, trial.draft_agrees))
+    return with_intervals(Result(figures, trial.budget, [scores.kl], [agrees], [draft_agrees]))
+
+
+def with_intervals(result: Result) -> Result:
+    """The result with the intervals of its means, and with the share of drafts that its greedy tokens agree with."""
+    row = result.figures
+    row["kl_mean_interval"], row["top1_agreement_interval"] = mean_interval(result.kl), mean_interval(result.agrees)
+    if all(result.draft_agrees):
+        row["draft_agreement"] = mean(map(mean, result.draft_agrees))
+        row["draft_agreement_interval"] = mean_interval(result.draft_agrees)
+        row["judged_drafts"] = sum(map(len, result.draft_agrees))
+    return result
 
 
 def with_means(results: list[Result]) -> list[Result]:
@@ -87,7 +105,11 @@ def over_texts(results: list[Result]) -> Result:
     figures |= {key: mean(row[key] for row in rows) for key in AVERAGED}
     per_layer = zip(*(row["attention_recall_per_layer"] for row in rows), strict=True)
     figures["attention_recall_per_layer"] = [mean(layer) for layer in per_layer]
-    return Result(figures, [kl for result in results for kl in result.kl], results[0].budget)
+    points = [point for row in rows for point in row["over_decoding"]]
+    figures["over_decoding"] = sorted(points, key=lambda point: point[0])
+    names = ("kl", "agrees", "draft_agrees")
+    per_text = {name: [values for result in results for values in getattr(result, name)] for name in names}
+    return with_intervals(Result(figures, results[0].budget, **per_text))
 
 
 def with_ratios(results: list[Result]) -> list[dict[str, Any]]:

@@ -240,6 +240,7 @@ class ThroughputTask:
             "target_kv_bytes": counters.max_target_bytes,
             "target_kv_bytes_full": counters.full_bytes_then,
             "target_kv_host_bytes": sequence.target.host_nbytes,
+            "scratch_bytes": sequence.held()["scratch_bytes"],
             "recall_bytes_per_token": sequence.target.recall_bytes / (len(last.tokens) - 1),
             "kept_per_layer": sequence.target.kept_per_layer(),
         }

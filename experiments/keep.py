@@ -1,0 +1,49 @@
+"""Copy the records of a run or sweep to experiments/records, without what is long or belongs to one machine.
+
+python experiments/keep.py outputs/kl-budget-smollm2-135m kl_budget
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from specsmallkv.records import collect
+
+LEFT_OUT = {"kept_per_layer", "attention_recall_per_layer", "text", "token_ids", "groups"}
+LEFT_OUT |= {"examples_file", "answer_files", "output", "run_dir", "report", "trace", "git_hash"}
+HERE = Path(__file__).resolve().parent
+
+
+def trimmed(value: Any, inside: bool = False) -> Any:
+    """Five digits are enough for a picture. `text` is left out of the record itself; of a result it is a name."""
+    if isinstance(value, dict):
+        return {k: trimmed(v, True) for k, v in value.items() if k not in LEFT_OUT or (inside and k == "text")}
+    if isinstance(value, list):
+        return [trimmed(item, True) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main(source: str, name: str) -> None:
+    for path, record in collect(Path(source)).records.items():
+        part = Path(path).parent.name or "record"
+        target = HERE / "records" / name / f"{part}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = json.dumps(trimmed(record), ensure_ascii=False, indent=1)
+        target.write_text(compact(lines) + "\n", encoding="utf-8")
+        print(target)
+
+
+def compact(indented: str) -> str:
+    """A line for each key of the record and each result, so that differences can be read."""
+    out: list[str] = []
+    for line in indented.splitlines():
+        depth = len(line) - len(line.lstrip())
+        out.append(f"\n{line}" if depth < 3 and out and line.strip() not in ("}", "},", "]", "],") else line.strip())
+    return "".join(out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

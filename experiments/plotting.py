@@ -1,0 +1,135 @@
+"""What the plotting scripts share: which records they read, how a policy looks, where the picture goes.
+
+    python experiments/SCRIPT.py [DIR] [PICTURE.svg]
+
+DIR holds records at any depth, by default those of experiments/records/RECORDS, which the script names; the picture
+goes to experiments/pictures/SCRIPT.svg unless it is named. Needs matplotlib (in the `dev` and `plots` extras).
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+from specsmallkv.figures import Measure, figure, means_alone
+from specsmallkv.records import Collection, Row, collect
+
+HERE = Path(__file__).resolve().parent
+plt.rcParams |= {
+    "svg.fonttype": "none",  # text stays text: small, and searchable
+    "svg.hashsalt": "specsmallkv",  # the same records make the same file
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+# Colours that colour-blind readers can tell apart (Okabe and Ito), and a shape each.
+LOOKS = {
+    "specsmallkv": ("#0072b2", "o"),
+    "smallkv": ("#009e73", "s"),
+    "smallkv_paper": ("#56b4e9", "D"),
+    "snapkv": ("#d55e00", "^"),
+    "pyramidkv": ("#cc79a7", "v"),
+    "h2o": ("#e69f00", "P"),
+    "streaming_llm": ("#999999", "X"),
+    "oracle": ("#000000", "."),
+    "full": ("#000000", "_"),
+    "transformers": ("#cc79a7", "v"),
+    "assisted": ("#e69f00", "P"),
+}
+OTHERS = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#999999", "#000000"]
+
+
+def look(name: str, index: int = 0) -> dict[str, Any]:
+    """Colour, marker and width of a line; a variant `snapkv:...` is no known policy and takes the index's."""
+    color, marker = LOOKS.get(name, (OTHERS[index % len(OTHERS)], "o"))
+    style, width = "--" if name in ("oracle", "full") else "-", 2.2 if name == "specsmallkv" else 1.2
+    return {"color": color, "marker": marker, "markersize": 4, "linewidth": width, "linestyle": style}
+
+
+def draw(axes: Axes, measure: Measure, rows: list[Row]) -> None:
+    """The measure against budget, a line for each policy with its intervals; the full cache is a level."""
+    drawn = figure(measure, [row for row in rows if row.get(measure.key) is not None])
+    for index, series in enumerate(ordered(drawn["series"])):
+        points, name = series["points"], series["name"]
+        y = [p["y"] for p in points]
+        if name == "full":
+            axes.axhline(y[0], color="black", linewidth=1, linestyle=":", label="full")
+            continue
+        x = [p["x"] * 1.012 ** (index - 4) for p in points]  # beside each other, so that bars can be told apart
+        error = spread(points, "y", "low", "high") if "low" in points[0] else None
+        axes.errorbar(x, y, yerr=error, capsize=2, elinewidth=0.8, label=name, **look(name, index))
+    axes.set_xlabel("kv_budget: share of the full cache's bytes")
+    axes.set_ylabel(measure.title)
+    budget_axis(axes, {row["kv_budget"] for row in rows if row["policy"] != "full"})
+    if measure.log:
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+
+
+def spread(points: list[Row], key: str, low: str = "", high: str = "") -> list[list[float]]:
+    """Lengths of error bars; the interval of a column lies in KEY_low and KEY_high."""
+    low, high = low or f"{key}_low", high or f"{key}_high"
+    return [[max(0.0, p[key] - p[low]) for p in points], [max(0.0, p[high] - p[key]) for p in points]]
+
+
+def budget_axis(axes: Axes, budgets: Iterable[float]) -> None:
+    """Logarithmic, with the measured budgets as ticks."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(budgets), [f"{100 * budget:g}%" for budget in sorted(budgets)])
+    axes.minorticks_off()
+
+
+def plain_ticks(axis: Axis) -> None:
+    """On a logarithmic axis of a decade or two: 0.2, not 2 x 10^-1."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def ordered(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As LOOKS has them."""
+    names = list(LOOKS)
+    return sorted(series, key=lambda s: names.index(s["name"]) if s["name"] in names else len(names))
+
+
+def records(name: str) -> Collection:
+    """Those of the directory on the command line, else the committed ones of that name."""
+    return collect(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "records" / name)
+
+
+def rows(name: str) -> list[Row]:
+    """The records' rows; of several texts their mean."""
+    return means_alone(records(name).rows)
+
+
+def canvas(columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels side by side."""
+    made, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
+    return made, list(axes[0])
+
+
+def title(made: Figure, *parts: str) -> None:
+    """What was measured, above all panels."""
+    made.suptitle(", ".join(parts), fontsize=9)
+
+
+def save(made: Figure, script: str) -> None:
+    """Write the script's picture and say where."""
+    path = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / "pictures" / f"{Path(script).stem}.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, metadata={"Date": None})
+    plt.close(made)
+    print(path)
