@@ -8,7 +8,7 @@ tries again after a pause, and each pause in vain is followed by one twice as lo
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,11 +157,20 @@ class Controller:
     oracle_every: int = 1
 
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
+        self.decide_reads(decoder, sequence)
+
+    def decide_reads(self, decoder: "Decoder", sequence: "Sequence") -> None:
+        """Whether the oracle reads, and nothing else: for trials, whose drafts are given."""
         self._take(decoder, sequence, decoder.num_draft_tokens)
+
+    def anew(self) -> "Controller":
+        """The same for another policy, whose costs are its own."""
+        return self
 
     def _take(self, decoder: "Decoder", sequence: "Sequence", count: int, every: int | None = None) -> None:
         history, policy = sequence.history, decoder.policy
-        optional = policy.every_round and policy.selection == "block" and history.read_at == sequence.evicted_at
+        chooses = policy.every_round and policy.selection == "block" and not policy.reads_target
+        optional = chooses and history.read_at == sequence.evicted_at and policy.due(sequence.evicted_at)
         reads = not optional or history.unread + 1 >= (every or self.oracle_every)
         history.unread, history.read_at = 0 if reads else history.unread + 1, sequence.evicted_at
         sequence.decision = Decision(count, reads)
@@ -175,6 +184,9 @@ class Adaptive(Controller):
 
     def __post_init__(self) -> None:
         self.measures = not self.table.rows
+
+    def anew(self) -> Controller:
+        return replace(self, table=CostTable()) if self.measures else self
 
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
         context, most = sequence.target.seen, decoder.num_draft_tokens

@@ -69,7 +69,9 @@ class GenerationBatch:
         figures: dict[str, Any] = {"seconds": self.seconds, "verify_passes": counters.verify_passes} | counters.held
         if counters.verify_passes:
             figures["rows_per_pass"] = counters.rounds / counters.verify_passes
-            figures["kv_budget_effective"] = counters.held["target_kv_bytes"] / counters.held["target_kv_bytes_full"]
+            figures["kv_budget_effective"] = counters.held["target_kv_bytes"] / max(
+                counters.held["target_kv_bytes_full"], 1
+            )
         return figures | {"batch_size": self.batch_size, "phase_seconds": self._phase_seconds(counters.seconds)}
 
     def _phase_seconds(self, shared: dict[str, float]) -> dict[str, float]:

@@ -299,16 +299,18 @@ class SpecSmallKV:
 
     def decoder(self, sampler: Sampler | None = None, policy: Policy | None = None) -> Decoder:
         """A decoder under the generator's own policy or another one."""
-        pair, policy = self.pair, policy or self.policy
+        pair, controller = self.pair, self.controller
+        if policy is not None and policy is not self.policy and controller is not None:
+            controller = controller.anew()
         return Decoder(
             pair.target,
             pair.draft,
-            policy,
+            policy or self.policy,
             self.num_draft_tokens,
             sampler,
             self.attention,
             pair.head_map,
-            self.controller,
+            controller,
         )
 
     def encode(

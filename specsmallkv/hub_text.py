@@ -4,6 +4,7 @@ The optional `datasets` library reads it row by row, so that only as much is fet
 of JSONL, Parquet or text files is a repository too.
 """
 
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -16,14 +17,13 @@ DEFAULTS = {"config": "", "split": "train", "field": "text", "rows": "10000"}
 def hub_text(key: str, source: str) -> str:
     """The first rows' texts, joined by blank lines; rows without any do not count. Raises UserError."""
     name, options = parse(key, source)
-    rows = load_hub(f"{key}={source}", name, options["config"] or None, options["split"], streaming=True)
+    where, field = f"{key}={source}", options["field"]
     texts: list[str] = []
-    for row in rows:
-        if not isinstance(row.get(options["field"]), str):
-            raise UserError(
-                f"{key}={source} has no text in field={options['field']}; its fields are {', '.join(row)}."
-            )
-        texts += [row[options["field"]]] if row[options["field"]].strip() else []
+    for row in load_hub(where, name, options["config"] or None, options["split"], streaming=True):
+        text = row.get(field, 0)
+        if not isinstance(text, str | None):
+            raise UserError(f"{where} has no text in field={field}; its fields are {', '.join(row)}.")
+        texts += [text] if text and text.strip() else []
         if len(texts) == int(options["rows"]):
             break
     if not texts:
@@ -43,7 +43,9 @@ def parse(key: str, source: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def load_hub(where: str, repository: str, configuration: str | None, split: str, streaming: bool = False) -> Any:
+def load_hub(
+    where: str, repository: str, configuration: str | None, split: str, streaming: bool = False
+) -> Iterator[Any]:
     """Rows of a data set; where: the setting that names it, for a UserError if it cannot be had."""
     try:
         from datasets import load_dataset
@@ -53,7 +55,7 @@ def load_hub(where: str, repository: str, configuration: str | None, split: str,
             "or give a local file."
         ) from None
     try:
-        return load_dataset(repository, configuration, split=split, streaming=streaming)
+        yield from load_dataset(repository, configuration, split=split, streaming=streaming)
     except Exception as error:  # offline, gated, moved: the library raises some dozen types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: {repository} cannot be loaded ({reason}); give a local file.") from None

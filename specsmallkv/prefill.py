@@ -103,8 +103,7 @@ def reserve(sequence: "Sequence", policy: Policy, num_tokens: int) -> None:
     """The first buffer of each layer has room for the budget and a chunk, not for the prompt."""
     num_layers = len(sequence.target.layers)
     for index, layer in enumerate(sequence.target.layers):
-        units = policy.layer_units(num_tokens, index, num_layers)
-        resident = max(int(units), policy.num_sink_tokens + policy.window_size)
+        resident = while_reading(policy, num_tokens, num_tokens).tiers(num_tokens, index, num_layers).critical
         layer.first_capacity = min(layer.capacity, resident + policy.prefill_chunk)
 
 

@@ -144,7 +144,7 @@ class Trace:
         oracle = sequence.evidence.oracle
         if oracle is None or not all(layer.residency == "offload" for layer in sequence.target.layers):
             return
-        if self._looked is not None and oracle.head_map is not None:
+        if self._looked is not None and oracle.head_map is not None and sequence.reading is not None:
             self.similarity = oracle.head_map.similarity.cpu().numpy()
             self.samples.append(self._sample(sequence, self._looked, sets))
         self._looked = None
@@ -172,7 +172,7 @@ def picked(probabilities: Tensor, tokens: list[int]) -> list[float]:
 
 def draft_probabilities(sequence: "Sequence", count: int) -> list[float] | None:
     """The draft's own, of its first proposals; None unless its rows are read, since nobody else asks for them."""
-    oracle = sequence.evidence.oracle
+    oracle = sequence.reading
     if oracle is None:
         return None
     chances = oracle.block.chances[: count + 1]  # products so far

@@ -129,7 +129,8 @@ def plan(decoder: Decoder, trials: list[Trial], drafts: list[int]) -> None:
     looks = decoder.look([trial.sequence for trial in looking], [drafts] * len(looking)) if looking else []
     seen = dict(zip(map(id, looking), looks, strict=True))
     for trial in trials:
-        trial.decoder.decide(trial.sequence)
+        if trial.decoder.controller is not None:
+            trial.decoder.controller.decide_reads(trial.decoder, trial.sequence)
         trial.decoder.plan(trial.sequence, drafts, seen.get(id(trial)))
 
 

@@ -221,3 +221,30 @@ def test_a_useless_draft_costs_at_most_a_twentieth_of_plain_decoding(target, pro
     assert sequence.counters.accepted < 0.2 * sequence.counters.drafted
     spent = sum(costs.round(round_.num_drafted) + costs.draft * (round_.num_drafted > 0) for round_, _ in rounds)
     assert costs.verify[0] * (len(tokens) - 1) / spent >= 0.95
+
+
+def test_trials_take_how_often_the_oracle_reads_and_measure_nothing(tmp_path):
+    text_file = tmp_path / "text.txt"
+    text_file.write_text("".join(chr(97 + (7 * i * i + i // 5) % 26) for i in range(400)), encoding="utf-8")
+    arguments = [
+        "task=fidelity",
+        f"task.text_file={text_file}",
+        "task.kv_budgets=[0.3]",
+        "task.context_tokens=100",
+        "task.eval_tokens=40",
+    ]
+    arguments += ["+model=tiny-random", "policy.kv_budget=0.3", "quiet=true", "task.policies=[specsmallkv,oracle]"]
+    rows = {}
+    for name, every in (("draft", 1), ("adaptive", 1), ("adaptive", 4)):
+        settings = [f"speculation={name}", f"speculation.oracle_every={every}", "speculation.num_draft_tokens=3"]
+        record = run_task(*arguments, *settings)
+        rows[name, every] = {row["policy"]: row for row in record["results"]}
+    assert rows["draft", 1]["specsmallkv"]["nll"] == rows["adaptive", 1]["specsmallkv"]["nll"]
+    assert rows["adaptive", 4]["specsmallkv"]["recall_bytes"] < rows["draft", 1]["specsmallkv"]["recall_bytes"]
+    assert rows["adaptive", 4]["oracle"]["nll"] == rows["draft", 1]["oracle"]["nll"], "the yardstick always looks"
+
+
+def test_another_policy_has_costs_of_its_own():
+    measured, given = Adaptive(1), Adaptive(1, CostTable([CHEAP]))
+    assert measured.anew().table is not measured.table and measured.anew().measures
+    assert given.anew() is given

@@ -58,3 +58,14 @@ def test_without_the_library_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hub:a needs the datasets library.*specsmallkv\[eval\]"):
         hub_text(KEY, "hub:a")
+
+
+@pytest.mark.peers
+def test_rows_without_text_do_not_count_and_a_broken_row_is_one_sentence(tmp_path):
+    pytest.importorskip("datasets")
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": null}\n{"text": "one"}\n', encoding="utf-8")
+    assert hub_text(KEY, f"hub:{tmp_path}") == "one"
+    file.write_text('{"text": "one"}\n{"text": ', encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        hub_text(KEY, f"hub:{tmp_path}")

@@ -227,3 +227,9 @@ def test_a_run_with_a_calibrated_map_reports_the_peak_of_its_prefill(tmp_path):
     entry = plain["target_kv_prefill_bytes"] / plain["prompt_tokens"]
     assert record["target_kv_prefill_bytes"] <= (0.2 * record["prompt_tokens"] + 64) * entry
     assert plain["prompt_tokens"] == record["prompt_tokens"] >= 600 and record["new_tokens"] == 8
+
+
+def test_the_first_buffer_holds_a_budget_that_rounding_puts_just_below_a_whole_number(target):
+    policy = load_policy("streaming_llm", kv_budget=0.29, prefill_chunk=29, window_size=8)
+    decoder = Decoder(target, None, policy, 0)
+    assert list(decoder.generate([*range(1, 95), *range(1, 7)], 4))

@@ -163,3 +163,9 @@ def test_windows_and_prefill_within_the_budget_are_refused_together(gemma, gemma
     policy = load_policy("h2o", kv_budget=0.3, prefill_chunk=32)
     with pytest.raises(UserError, match=r"policy.prefill_chunk=32 does not support sliding windows"):
         Decoder(gemma, gemma_draft, policy, 3)
+
+
+def test_a_batch_whose_every_layer_has_a_window_reports_its_bytes():
+    spec = SpecSmallKV.from_pretrained("random:mistral?window=16", policy="full", num_draft_tokens=0, dtype="float32")
+    generations = list(spec.generate_batch(["a" * 30, "b" * 20], batch_size=2, max_new_tokens=4, chat=False))
+    assert [len(generation.token_ids) for generation in generations] == [4, 4]

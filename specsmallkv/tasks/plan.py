@@ -4,7 +4,7 @@ Models lie on torch's meta device, where tensors have shapes and no memory. Tier
 counted on the objects that a run would use. A run's record has the same keys, counted from its tensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..linear import choose_linear
 from ..models import DRAFT_KEY, resolve_device, resolve_dtype
 from ..placement import empty_model
 from ..policies import Policy
+from ..prefill import in_chunks, while_reading
 from ..random_model import empty as empty_random_model
 from ..record import asked_for
 from ..sources import read_config, resolve_config
@@ -138,9 +139,14 @@ class Plan:
 
     def _scratch(self, context: int, new_tokens: int) -> tuple[int, int]:
         """Bytes of rows and sums, and the tokens that the target's cache has room for while the prompt is read."""
-        decoder = Decoder(self.target, self.draft, self.policy, self.num_draft_tokens)
+        policy = replace(self.policy, prefill_chunk=0) if self.policy.prefill_chunk else self.policy
+        decoder = Decoder(self.target, self.draft, policy, self.num_draft_tokens)  # needs no map: nothing is read
         sequence = decoder.start([0] * context, new_tokens)
         oracle, capacity = sequence.evidence.oracle, sequence.target.layers[0].capacity
+        room = capacity
+        if in_chunks(self.policy, context):
+            held = while_reading(self.policy, context, context).tiers(context).critical
+            room = min(capacity, held + self.policy.prefill_chunk)
         config, scratch = self.target.config, 0
         if self.policy.reads_mass:
             scratch += 4 * config.num_hidden_layers * config.num_key_value_heads * capacity
@@ -151,7 +157,7 @@ class Plan:
                 predicts = self.policy.tail_factor and self.policy.selection == "block"
                 compensates = self.policy.compensation != "none" and self.policy.tiers(context).marginal
                 scratch += oracle.block.nbytes if predicts or compensates else 0
-        return scratch, capacity
+        return scratch, room
 
 
 def entry_bytes(config: Any, dtype: torch.dtype) -> int:
