@@ -139,7 +139,8 @@ class Plan:
 
     def _scratch(self, context: int, new_tokens: int) -> tuple[int, int]:
         """Bytes of rows and sums, and the tokens that the target's cache has room for while the prompt is read."""
-        policy = replace(self.policy, prefill_chunk=0) if self.policy.prefill_chunk else self.policy
+        whole: dict[str, Any] = {"prefill_chunk": 0} if self.policy.prefill_chunk else {}
+        policy = replace(self.policy, **whole)
         decoder = Decoder(self.target, self.draft, policy, self.num_draft_tokens)  # needs no map: nothing is read
         sequence = decoder.start([0] * context, new_tokens)
         oracle, capacity = sequence.evidence.oracle, sequence.target.layers[0].capacity
