@@ -223,7 +223,7 @@ def test_flags_may_stand_anywhere():
             ["+model=gpt-5"],
             "+model=gpt-5 does not exist; known: llama3.1-70b, llama3.1-8b, qwen2-72b, qwen2-7b",
         ),
-        (["+experiment=x"], "+experiment=x does not exist; known: budget-sweep"),
+        (["+experiment=x"], "+experiment=x does not exist; known: ablation, "),
         (["model=qwen2-7b"], "model=qwen2-7b needs a plus: write +model=qwen2-7b."),
         (["++model=qwen2-7b"], "++model=qwen2-7b has a plus too many: write +model=qwen2-7b."),
         (
