@@ -4,6 +4,7 @@ python experiments/keep.py outputs/kl-budget-smollm2-135m kl_budget
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from specsmallkv.records import collect
 
 LEFT_OUT = {"kept_per_layer", "attention_recall_per_layer", "text", "token_ids", "groups"}
 LEFT_OUT |= {"examples_file", "answer_files", "output", "run_dir", "report", "trace", "git_hash"}
+DIRECTORY = re.compile(r"(?<![\w.:~/-])/(?:[^/\s,\[\]='\"]+/)+")  # of one machine: only what lies in it is told
 HERE = Path(__file__).resolve().parent
 
 
@@ -21,6 +23,8 @@ def trimmed(value: Any, inside: bool = False) -> Any:
         return {k: trimmed(v, True) for k, v in value.items() if k not in LEFT_OUT or (inside and k == "text")}
     if isinstance(value, list):
         return [trimmed(item, True) for item in value]
+    if isinstance(value, str):
+        return DIRECTORY.sub("", value)
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

@@ -9,12 +9,14 @@ RECORDS = "kl_budget"
 
 def main() -> None:
     rows = plotting.rows(RECORDS)
-    made, (left, right) = plotting.canvas(2)
+    made, (left, right) = plotting.canvas(2, height=3.8)
     measured = [row for row in rows if row["policy"] != "full"]
     plotting.draw(left, Measure("kl_mean", "KL(full, policy), nats per token", log=True), measured)
-    plotting.draw(right, Measure("top1_agreement", "Top-1 agreement with the full cache"), measured)
-    left.legend(ncols=2)
-    plotting.title(made, rows[0]["model"], f"n = {rows[0]['scored_tokens']} positions", "95% bootstrap intervals")
+    plotting.draw(right, Measure("top1_agreement", "Top-1 agreement with full"), measured)
+    made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    known = any(key.startswith("kl_mean_") for row in measured for key in row)  # older records have no intervals
+    intervals = ["95% bootstrap intervals"] if known else []
+    plotting.title(made, rows[0]["model"], f"n = {rows[0]['scored_tokens']} positions", *intervals)
     plotting.save(made, __file__)
 
 

@@ -178,7 +178,7 @@ class Controller:
 
 @dataclass
 class Adaptive(Controller):
-    """By costs and acceptance. table: a saved one; else costs are measured, once for each length, and `measured`."""
+    """By costs and acceptance. table: a saved one; else costs are measured, once for each doubling of the length."""
 
     table: CostTable = field(default_factory=CostTable)
 

@@ -7,7 +7,7 @@ little more than its share of attention. Sets are chosen for the whole block, as
 only its scored positions, which the drafts behind them cannot change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -15,11 +15,13 @@ from torch import Tensor
 from .attention import AttentionCall, AttentionMass
 from .cache import TieredCache
 from .decode import Decoder, Sequence
+from .errors import UserError
 from .generator import SpecSmallKV
 from .metrics import Scores, attention_recall, jaccard_of_top
 from .policies import Policy
 from .presets import load_policy
 
+BLOCK_ROWS = ("drafted", "gold")  # whose tokens a verify block brings: the draft's, or the text's own
 MEASURE_EVERY = 8  # blocks between two looks at the attention itself, which costs a full read
 
 
@@ -98,6 +100,12 @@ class Trial:
         self.jaccard += jaccard
         overlap = sum(jaccard) / len(jaccard) if jaccard else None
         self.over_decoding.append((decoded, overlap, sum(recall) / len(recall)))
+
+
+def check_rows(rows: str, known: Collection[str] = BLOCK_ROWS) -> None:
+    """UserError for a `task.rows` that is none of the known ones."""
+    if rows not in known:
+        raise UserError(f"task.rows={rows} is unknown; choose one of {', '.join(known)}.")
 
 
 def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) -> None:

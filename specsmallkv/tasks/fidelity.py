@@ -16,13 +16,13 @@ from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..policies import Policy
-from ..trials import Base, Trial, open_trial, prefill_once, run_trials
+from ..trials import BLOCK_ROWS, Base, Trial, check_rows, open_trial, prefill_once, run_trials
 from .fidelity_results import MEAN, Result, summary, with_means, with_ratios
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
 from .texts import passage, read_texts
 
-ROWS = {"drafted": ("drafted",), "gold": ("gold",), "both": ("drafted", "gold")}
+ROWS = {rows: (rows,) for rows in BLOCK_ROWS} | {"both": BLOCK_ROWS}
 MATCHED, ITS_NAME = "snapkv", "snapkv@total"  # the policy that gets a total of bytes, and what it is then called
 
 
@@ -47,8 +47,7 @@ class FidelityTask:
     matched_total: bool
 
     def __post_init__(self) -> None:
-        if self.rows not in ROWS:
-            raise UserError(f"task.rows={self.rows} is unknown; choose one of {', '.join(ROWS)}.")
+        check_rows(self.rows, ROWS)
         for key, least in (("offset", 0), ("context_tokens", 64), ("eval_tokens", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least {least}.")

@@ -22,12 +22,12 @@ from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..policies import Policy
 from ..record import plain
+from ..trials import check_rows
+from .benchmark import rows_path
 from .benchmark_results import headline, ratio
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
 
-ROWS = ("drafted", "gold")
-ROWS_FILE = "examples.jsonl"  # in the run directory
 NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 OF_TEXTS = ("new_tokens", "seconds", "drafted_tokens", "accepted_tokens", "rounds", "emitted_tokens", "recall_bytes")
 
@@ -55,8 +55,7 @@ class LMEvalTask:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UserError("task.tasks names no task; give some of lm-evaluation-harness, e.g. 'task.tasks=[piqa]'.")
-        if self.rows not in ROWS:
-            raise UserError(f"task.rows={self.rows} is unknown; choose one of {', '.join(ROWS)}.")
+        check_rows(self.rows)
         for key, least in (("num_examples", 1), ("num_fewshot", 0)):
             if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"task.{key}={value} is too small; give at least {least}, or null.")
@@ -75,7 +74,7 @@ class LMEvalTask:
         if config.chat:
             spec.render([{"role": "user", "content": "?"}], True)  # refuses a tokenizer without a template
 
-        path = Path(str(config.run_dir)) / ROWS_FILE
+        path = rows_path(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             results, truncated = self._answer(spec, policies, manager, tasks, config, file)

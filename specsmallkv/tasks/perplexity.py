@@ -21,13 +21,12 @@ from ..generator import SpecSmallKV
 from ..intervals import bootstrap
 from ..policies import Policy
 from ..prompts import read_text
-from ..trials import Trial, prefill_once, read_on
+from ..trials import Trial, check_rows, prefill_once, read_on
 from .benchmark_results import headline
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
 
 HUB_SOURCE = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-ROWS = ("drafted", "gold")
 
 
 @dataclass
@@ -101,8 +100,7 @@ class PerplexityTask:
     kv_budgets: list[float]
 
     def __post_init__(self) -> None:
-        if self.rows not in ROWS:
-            raise UserError(f"task.rows={self.rows} is unknown; choose one of {', '.join(ROWS)}.")
+        check_rows(self.rows)
         for key, least in (("num_examples", 1), ("context_tokens", 64), ("eval_tokens", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"task.{key}={getattr(self, key)} is too small; give at least {least}.")
