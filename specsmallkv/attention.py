@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .cache import LayerGroup, TieredLayer
+from .draft_view import DraftView
 from .errors import UserError
 
 NAME = "specsmallkv"
@@ -77,8 +78,11 @@ class AttentionRows:
         """(M, N): mean over the rows, by the chance that their queries come to be (known tokens: plain)."""
         if not by_chance or len(self.chances) != self.num_rows:
             return self.values.mean(dim=1)
-        weights = torch.tensor(self.chances, device=self.buffer.device)
-        return torch.einsum("mtn,t->mn", self.values, weights / weights.sum())
+        rows, total = self.values.unbind(dim=1), sum(self.chances)
+        mean = rows[0] * (self.chances[0] / total)
+        for row, chance in zip(rows[1:], self.chances[1:], strict=True):
+            mean.add_(row, alpha=chance / total)
+        return mean
 
     @property
     def nbytes(self) -> int:
@@ -168,6 +172,7 @@ class AttentionCall:
     mass: AttentionMass | None = None
     num_queries: int = 0
     everything: bool = False  # read every key, the host store's too (analysis only)
+    view: DraftView | None = None  # read what it holds instead of the cache
     queries: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -238,7 +243,8 @@ def attention_probabilities(query: Tensor, keys: Tensor, scaling: float, mask: T
     if mask is not None:
         scores = scores.masked_fill(~mask.repeat_interleave(query.shape[1] // keys.shape[1], dim=1), -torch.inf)
     elif query.shape[2] > 1:
-        scores = scores.masked_fill(~causal_mask(query.shape[2], keys.shape[2], keys.device), -torch.inf)
+        count = query.shape[2]  # earlier keys are seen by all
+        scores[..., -count:].masked_fill_(~causal_mask(count, count, keys.device), -torch.inf)
     return scores.softmax(dim=-1)
 
 
@@ -315,6 +321,8 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
         call.queries[index] = torch.cat((earlier, query), dim=2)[:, :, -call.num_queries :]
     if call.mass:
         call.mass.add(index, layer, query, scaling)
+    if call.view is not None:
+        return _attend_view(call.view, layer, index, query, scaling, call.backend)
     keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
     mask = None if call.everything and layer.window is None else visible(layer, query.shape[2])
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
@@ -328,6 +336,15 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
         probabilities = attention_probabilities(query, keys, scaling, mask)
         return layer.tail_term.add(weighted_values(probabilities, values), probabilities)
     return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)
+
+
+def _attend_view(
+    view: DraftView, layer: TieredLayer, index: int, query: Tensor, scaling: float, backend: str
+) -> Tensor:
+    keys, values = view.read(index, layer)
+    if keys.dtype == query.dtype:
+        return BACKENDS[backend](query, keys, values, scaling, None)
+    return weighted_values(attention_probabilities(query, keys, scaling), values).to(query.dtype)
 
 
 def attend_rows(

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .decode import Counters, Decoder, Round, Sequence
+from .decode import Decoder
+from .sequence import Counters, Round, Sequence
 from .speculation import accept
 
 
@@ -137,10 +138,13 @@ class BatchDecoder:
         decoder, step = self.decoder, 0
         for row in rows:
             row.begin(*decoder.begin_draft(row.sequence))
-        while active := [row for row in rows if step < row.num_steps]:
-            wanted = "last" if any(step < row.num_drafts for row in active) else "none"
-            logits = decoder.draft_group([row.sequence for row in active], [row.pending for row in active], wanted)
+        while active := [row for row in rows if step < row.num_drafts]:
+            logits = decoder.draft_group([row.sequence for row in active], [row.pending for row in active])
             for row, own in zip(active, logits, strict=True):
-                if step < row.num_drafts:
-                    row.take(*decoder.propose(row.sequence, own, row.generator))
+                row.take(*decoder.propose(row.sequence, own, row.generator))
+                if step == 0:
+                    decoder.view_rest(row.sequence, row.num_drafts)
             step += 1
+        if last := [row for row in rows if row.num_steps > row.num_drafts]:  # rows of attention alone are wanted
+            tokens = [decoder.unread(row.sequence, row.drafts) for row in last]
+            decoder.draft_group([row.sequence for row in last], tokens, "none")

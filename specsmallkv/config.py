@@ -21,6 +21,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash")
 LINEARS = ("auto", "torch", "packed")
 SPECULATIONS = ("draft", "adaptive", "none")
+SMALLEST_VIEW = 16
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf")
 PROMPT_SOURCES = ("prompt", "prompt_file", "messages_file", "prompts_file")
@@ -48,6 +49,7 @@ class SpeculationConfig:
     adaptive: bool = False
     cost_table: Optional[str] = None  # record of an adaptive run; None: measured
     oracle_every: int = 1
+    draft_view_size: int = 512  # tokens of its own long cache that the draft's steps read; 0: all
 
 
 @dataclass
@@ -105,6 +107,13 @@ def _run_rules(config: RunConfig) -> Iterator[Rule]:
     yield enough, "speculation.num_draft_tokens", num, "use 1 or more, or set speculation=none"
     every, adaptive = config.speculation.oracle_every, config.speculation.adaptive
     yield every >= 1, "speculation.oracle_every", every, "use 1 (every round) or more"
+    size = config.speculation.draft_view_size
+    yield (
+        size == 0 or size >= SMALLEST_VIEW,
+        "speculation.draft_view_size",
+        size,
+        f"use 0 (off), or {SMALLEST_VIEW} or more",
+    )
     possible = not adaptive or name != "none"
     yield (
         possible,

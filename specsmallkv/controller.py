@@ -18,7 +18,8 @@ from .config import SpeculationConfig
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .decode import Decoder, Sequence
+    from .decode import Decoder
+    from .sequence import Sequence
 
 PRIOR_RATE, PRIOR_TRIALS = 0.5, 2.0  # what a sequence believes before its first draft
 MEMORY = 0.95  # weight of a draft's verdict once another one is there
@@ -30,10 +31,14 @@ DRY_REPEATS = 2
 
 
 class Decision(NamedTuple):
-    """What a round does. reads: the oracle looks at the draft's rows and chooses anew (lookahead policies only)."""
+    """What a round does. reads: the oracle looks at the draft's rows and chooses anew (lookahead policies only).
+
+    view_size: tokens of its own cache that the draft's steps read (`draft_view.py`); 0: all.
+    """
 
     num_draft_tokens: int
     reads: bool = True
+    view_size: int = 0
 
 
 @dataclass
@@ -151,10 +156,12 @@ def next_count(costs: Costs, history: History, most: int) -> int:
 class Controller:
     """A fixed number of drafts. oracle_every: of so many rounds the oracle reads in one, at least after each eviction.
 
-    It always reads where its rows decide what stays for good, or what each query reads on its own.
+    It always reads where its rows decide what stays for good, or what each query reads on its own. view_size: tokens
+    that the draft's steps read of a long cache (`draft_view.py`); 0: all.
     """
 
     oracle_every: int = 1
+    view_size: int = field(default=0, kw_only=True)
 
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
         self.decide_reads(decoder, sequence)
@@ -173,7 +180,7 @@ class Controller:
         optional = chooses and history.read_at == sequence.evicted_at and policy.due(sequence.evicted_at)
         reads = not optional or history.unread + 1 >= (every or self.oracle_every)
         history.unread, history.read_at = 0 if reads else history.unread + 1, sequence.evicted_at
-        sequence.decision = Decision(count, reads)
+        sequence.decision = Decision(count, reads, self.view_size)
 
 
 @dataclass
@@ -223,7 +230,7 @@ def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str,
     """Seconds of the phases of a round with `count` drafts, all of which is rolled back, figures included."""
     kept = sequence.counters, sequence.logits, [layer.recall_bytes for layer in sequence.target.layers]
     counters = sequence.counters = type(sequence.counters)()
-    sequence.decision = Decision(count)
+    sequence.decision = Decision(count, view_size=decoder.controller.view_size if decoder.controller else 0)
     generator = torch.Generator(decoder.device).manual_seed(0)
     with counters.timed("draft"):
         drafts, _ = decoder.draft(sequence, generator)
@@ -242,5 +249,6 @@ def make_controller(config: SpeculationConfig) -> Controller | None:
     """What a configuration asks for; None: every round alike, the oracle reads in each."""
     if config.adaptive:
         table = CostTable() if config.cost_table is None else load_cost_table(config.cost_table)
-        return Adaptive(config.oracle_every, table)
-    return Controller(config.oracle_every) if config.oracle_every > 1 else None
+        return Adaptive(config.oracle_every, table, view_size=config.draft_view_size)
+    fixed = config.oracle_every == 1 and not config.draft_view_size
+    return None if fixed else Controller(config.oracle_every, view_size=config.draft_view_size)

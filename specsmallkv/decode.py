@@ -6,8 +6,7 @@ The draft always runs before the target, so its attention rows for the very toke
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -27,7 +26,8 @@ from .attention import (
     use_tiered_attention,
 )
 from .cache import CacheGroup, TieredCache
-from .controller import Controller, Decision, History
+from .controller import Controller
+from .draft_view import DraftView, is_viewed
 from .errors import UserError
 from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
@@ -35,6 +35,7 @@ from .policies import Evidence, Policy
 from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget
 from .recall import recall_ahead
 from .sampling import Sampler
+from .sequence import Counters, Round, Sequence
 from .speculation import accept, match_vocabulary, propose
 from .tail_term import BELIEVED_SIMILARITY, tail_term
 
@@ -42,93 +43,6 @@ OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch,
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
 TURN_CHUNK = 32  # the same for known tokens that static policies read; bounds the draft's rows
 TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each would cost as much as decoding them
-
-
-@dataclass
-class Round:
-    """What one verify pass gave: the emitted tokens (accepted drafts, then correction or bonus); drafts: proposed."""
-
-    tokens: list[int]
-    num_drafted: int = 0
-    num_accepted: int = 0
-    drafts: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Counters:
-    """Sums over the rounds after prefill; seconds per phase, by the clock and of the CPU."""
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    emitted: int = 0
-    undrafted: int = 0  # rounds that drafted nothing
-    new_entries: list[float] = field(default_factory=list)
-    max_target_bytes: int = 0
-    full_bytes_then: int = 0
-    last_target_bytes: int = 0
-    prefill_bytes: int = 0  # most that the target's cache held while it read the prompt; 0: it went on from another
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: dict[str, float] = field(default_factory=dict)
-    recall_seconds: float = 0.0  # of moving memory, a part of other phases
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-        self.cpu_seconds[phase] = self.cpu_seconds.get(phase, 0.0) + time.process_time() - cpu_start
-
-    def add(self, emitted: int, drafted: int, accepted: int) -> None:
-        self.rounds += 1
-        self.emitted += emitted
-        self.drafted += drafted
-        self.accepted += accepted
-        self.undrafted += not drafted
-
-    def see_prefill(self, cache: TieredCache) -> None:
-        self.prefill_bytes = max(self.prefill_bytes, cache.nbytes)
-
-    def see(self, cache: TieredCache) -> None:
-        """Note what the device cache holds, and its fullest moment."""
-        self.last_target_bytes = used = cache.nbytes
-        if used >= self.max_target_bytes:
-            self.max_target_bytes, self.full_bytes_then = used, cache.full_nbytes
-
-
-@dataclass
-class Sequence:
-    """One sequence in work. tokens: prompt and output; the last one is not yet in the target's cache."""
-
-    tokens: list[int]
-    limit: int  # longest `tokens` may become
-    target: TieredCache
-    draft: TieredCache | None
-    evidence: Evidence
-    evicted_at: int  # committed length of the last eviction event; the prompt's at first
-    settled: bool = False  # the draft has read the prompt and static policies have compressed it
-    logits: Tensor | None = None  # of the last verify pass, (k + 1, V), or of the prompt's end, (1, V): for observers
-    counters: Counters = field(default_factory=Counters)
-    decision: Decision | None = None  # of the controller, for the present round; None: as the decoder is set
-    history: History = field(default_factory=History)
-
-    @property
-    def reading(self) -> AttentionOracle | None:
-        """The oracle, if it reads in the present round."""
-        return self.evidence.oracle if self.decision is None or self.decision.reads else None
-
-    def held(self) -> dict[str, int]:
-        """Bytes that lie in memory now, counted from the tensors; keys as in the record."""
-        oracle, mass = self.evidence.oracle, self.evidence.mass
-        return {
-            "target_kv_bytes": self.target.nbytes,
-            "target_kv_bytes_full": self.target.full_nbytes,
-            "target_kv_allocated_bytes": self.target.allocated_nbytes,
-            "target_kv_host_bytes": self.target.host_nbytes,
-            "target_kv_window_bytes": self.target.window_nbytes,
-            "draft_kv_bytes": self.draft.held_nbytes if self.draft else 0,
-            "scratch_bytes": (oracle.nbytes if oracle else 0) + (mass.nbytes if mass else 0) + self.target.sent_nbytes,
-        }
 
 
 class Decoder:
@@ -416,37 +330,79 @@ class Decoder:
         probabilities: list[Tensor | None] = []
         count, steps = self.begin_draft(sequence)
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
-        for step in range(steps):
-            if step == count:  # its row alone is wanted
-                self.forward(self.draft_model, sequence.draft, pending, self.draft_call(sequence), num_logits=0)
-            else:
-                logits = self.forward(self.draft_model, sequence.draft, pending, self.draft_call(sequence))[-1]
-                token, distribution = self.propose(sequence, logits, generator)
-                if step == 0:
-                    self.recall_ahead(sequence)
-                drafts.append(token)
-                probabilities.append(distribution)
-                pending = [token]
+        for step in range(count):
+            logits = self.forward(self.draft_model, sequence.draft, pending, self.draft_call(sequence))[-1]
+            token, distribution = self.propose(sequence, logits, generator)
+            if step == 0:
+                self.recall_ahead(sequence)
+                self.view_rest(sequence, count)
+            drafts.append(token)
+            probabilities.append(distribution)
+            pending = [token]
+        if steps > count:  # rows alone are wanted
+            tokens = self.unread(sequence, drafts)
+            self.forward(self.draft_model, sequence.draft, tokens, self.draft_call(sequence), num_logits=0)
         return drafts, probabilities
+
+    def unread(self, sequence: Sequence, drafts: list[int]) -> list[int]:
+        """What the draft has yet to read of a block with its whole cache: the last draft, or what a view showed it."""
+        assert sequence.draft is not None
+        sequence.close_view()
+        return (sequence.tokens + drafts)[sequence.draft.seen :]
 
     def recall_ahead(self, sequence: Sequence) -> None:
         """Between a block's first row and the others: what that row asks for leaves the host store already."""
         oracle, layers = sequence.reading, sequence.target.layers
-        crosses = any(layer.shares_memory is False for layer in layers)
+        crosses = any(layer.shares_memory is False for layer in layers) and not sequence.in_view
         if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
             recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))
 
     def begin_draft(self, sequence: Sequence) -> tuple[int, int]:
         """How many drafts this round takes, and how many steps: one more if the last draft's row is read."""
         count, oracle = self._num_drafts(sequence), sequence.reading
-        if oracle is None:
-            return count, count
-        oracle.block.start(sequence.target.seen, count + 1)
-        return count, count + 1
+        if oracle is not None:
+            self._begin_view(sequence, oracle, count)
+            oracle.block.start(sequence.target.seen, count + 1)
+            return count, count + 1
+        if self._has_view(sequence, count - 1):
+            sequence.last_row = sequence.last_row or self._last_row(sequence)
+            sequence.last_row.start(len(sequence.tokens) - 1, 1)
+        return count, count
+
+    def _begin_view(self, sequence: Sequence, oracle: AttentionOracle, count: int) -> None:
+        """With rows of the last block all steps can use a view, unless the draft has fallen behind."""
+        draft = sequence.draft
+        if draft is not None and self._has_view(sequence, count) and len(sequence.tokens) - draft.seen <= 2:
+            self._open_view(sequence, oracle.recent_rows)
+
+    def view_rest(self, sequence: Sequence, count: int) -> None:
+        """A first step that read the whole cache says by its row what the others see of it."""
+        rows = sequence.reading.block if sequence.reading else sequence.watched_row
+        if rows is not None and not sequence.in_view and self._has_view(sequence, count - 1):
+            self._open_view(sequence, rows.values[:, 0])
 
     def draft_call(self, sequence: Sequence) -> AttentionCall:
         oracle = sequence.reading
-        return AttentionCall(self.attention, rows=oracle.block if oracle else None)
+        if sequence.in_view:
+            return AttentionCall(self.attention, view=sequence.view)
+        return AttentionCall(self.attention, rows=oracle.block if oracle else sequence.watched_row)
+
+    def _has_view(self, sequence: Sequence, steps: int) -> bool:
+        size, draft = sequence.decision.view_size if sequence.decision else 0, sequence.draft
+        if draft is None or steps < 1 or len(draft.budgeted) < len(draft.layers):
+            return False
+        return is_viewed(size, draft.seen)
+
+    def _open_view(self, sequence: Sequence, rows: Tensor) -> None:
+        assert sequence.decision is not None and sequence.draft is not None
+        if sequence.view is None:
+            sequence.view = DraftView(sequence.draft, sequence.decision.view_size, self.num_draft_tokens + 2)
+        sequence.view.open(rows)
+
+    def _last_row(self, sequence: Sequence) -> AttentionRows:
+        oracle = sequence.evidence.oracle
+        assert sequence.draft is not None
+        return oracle.block if oracle else self._rows(1, sequence.draft.layers[0].capacity)
 
     def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
         """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
@@ -571,6 +527,7 @@ class Decoder:
         sequence.target.rollback(rejected)
         if mass:
             mass.commit(sequence.target.layers, sequence.evidence.scaling)
+        sequence.close_view()
         if sequence.draft is not None:
             sequence.draft.rollback(max(0, sequence.draft.seen - sequence.target.seen))
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .attention import check_selection, choose_backend
 from .config import ModelConfig
 from .controller import Controller
-from .decode import Decoder, Round, Sequence
+from .decode import Decoder
 from .errors import UserError
 from .generation_batch import GenerationBatch, settings_of_each
 from .memory import peak_memory_bytes
@@ -29,6 +29,7 @@ from .prefill import check_prefill
 from .presets import load_policy
 from .prompts import Messages
 from .sampling import Sampler
+from .sequence import Round, Sequence
 from .streaming import TextStream
 
 # States of a generation.
@@ -283,11 +284,12 @@ class SpecSmallKV:
         head_map: str | None = None,
         head_map_check: bool = True,
         linear: str = "auto",
+        draft_view_size: int = 512,
     ) -> "SpecSmallKV":
         """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy.
 
         head_map: a file that `task=calibrate` wrote for this pair; UserError if it belongs to other models, unless
-        head_map_check is false.
+        head_map_check is false. draft_view_size: tokens of its own long cache that the draft's steps read; 0: all.
         """
         if isinstance(policy, str):
             policy = load_policy(policy, **({} if kv_budget is None else {"kv_budget": kv_budget}))
@@ -295,7 +297,8 @@ class SpecSmallKV:
             raise UserError(f"kv_budget={kv_budget} is given beside a policy object; set it on the policy.")
         needs_draft = bool(num_draft_tokens) or policy.reads_draft
         config = ModelConfig(target, target, draft, dtype, device, attention, head_map, head_map_check, linear)
-        return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention)
+        controller = Controller(view_size=draft_view_size)
+        return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention, controller)
 
     def decoder(self, sampler: Sampler | None = None, policy: Policy | None = None) -> Decoder:
         """A decoder under the generator's own policy or another one."""

@@ -10,12 +10,14 @@ M = draft layers x draft heads; all rows float32. This file does not know where 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .mixing import Mixer, column_blocks
 
 METHODS = ("one_hot", "mixture")
 REDUCTIONS = ("mean", "max")
@@ -40,6 +42,7 @@ class HeadMap:
     similarity: Tensor
     history_weights: Tensor | None = None
     draft_similarity: Tensor | None = None
+    _mixers: dict[tuple[int, int], Mixer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def mean_similarity(self) -> float:
@@ -70,14 +73,19 @@ class HeadMap:
         """
         num_layers, num_heads, _ = self.weights.shape
         count = max(1, AT_ONCE // (num_heads * rows[0].numel()))
+        blocks = column_blocks(rows)
         for start in range(0, num_layers, count):
-            group = self.weights[start : start + count]
-            predicted = (group.flatten(0, 1) @ rows.flatten(1)).view(len(group), num_heads, *rows.shape[1:])
+            predicted = self._mixer(start, start + count)(blocks).view(-1, num_heads, *rows.shape[1:])
             if self.history_weights is not None and history is not None:
                 own = self.history_weights[start : start + count]
                 for layer, head in own.nonzero().tolist():  # few; all others would be read and written for nothing
                     predicted[layer, head, :, : history.shape[-1]] += own[layer, head] * history[start + layer, head]
             yield from predicted
+
+    def _mixer(self, start: int, end: int) -> Mixer:
+        if (start, end) not in self._mixers:
+            self._mixers[start, end] = Mixer(self.weights[start:end].flatten(0, 1))
+        return self._mixers[start, end]
 
     def saliency(
         self, mean_rows: Tensor, num_kv_heads: int, reduction: str = "mean", history: Tensor | None = None

@@ -34,13 +34,12 @@ class AttentionOracle:
         self._count = 0.0
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
         self._fit: HeadMapFit | None = None
-        self._dense = block.buffer.new_empty(0)
+        self._recent: Tensor | None = None  # (M, n): mean over the last block's rows
 
     @property
     def nbytes(self) -> int:
         """Scratch on the device."""
-        dense = self._dense.nbytes
-        return self.block.nbytes + dense + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
+        return self.block.nbytes + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
 
     @property
     def trusted(self) -> bool:
@@ -124,6 +123,11 @@ class AttentionOracle:
             self._sum[:, : row.shape[1]] += row
         self._count += num_rows
 
+    @property
+    def recent_rows(self) -> Tensor:
+        """(M, n): what the draft last attended, up to a factor: the last block's mean row, else the interval's."""
+        return self._sum if self._recent is None else self._recent
+
     def interval_saliency(self, length: int) -> Tensor:
         """(L, H_kv, length): mean over the accepted rows since the last refresh, earlier ones halved at each."""
         return self.saliency(self._sum[:, :length] / max(self._count, 1e-9))
@@ -140,7 +144,8 @@ class AttentionOracle:
 
     def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
-        return self.saliency(self.block.mean(by_chance)[:, :length], reduction)
+        self._recent = self.block.mean(by_chance)
+        return self.saliency(self._recent[:, :length], reduction)
 
     def first_saliency(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): of the coming verify block's first row alone, while the others are still to come."""
@@ -156,13 +161,6 @@ class AttentionOracle:
         predictions = [self.saliency(row.contiguous(), reduction) for row in rows]
         return torch.stack(predictions, dim=2)
 
-    def rows(self) -> Tensor:
-        """(M, q, N): the block's rows without gaps, or every product would copy them; valid until the next call."""
-        values = self.block.values
-        if self._dense.numel() < values.numel():
-            self._dense = torch.empty_like(self.block.buffer).flatten()
-        return self._dense[: values.numel()].view(values.shape).copy_(values)
-
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
@@ -171,4 +169,4 @@ class AttentionOracle:
     def predictions(self) -> Iterator[Tensor]:
         """`predict` of every target layer in turn, in few products."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.predictions(self.rows(), self.history)
+        return self.head_map.predictions(self.block.values, self.history)

@@ -20,7 +20,8 @@ from .oracle import AttentionOracle, is_trusted
 from .policies import Policy
 
 if TYPE_CHECKING:
-    from .decode import Decoder, Sequence
+    from .decode import Decoder
+    from .sequence import Sequence
 
 INTERVAL = 32  # rows of the prompt's end that count as the first interval, as after a prefill that sees all
 END_SHARE = 0.5  # of a static score: those rows and the foreseen ones; the others are all the rest of the prompt's

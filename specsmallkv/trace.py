@@ -19,8 +19,9 @@ from .cache import TieredCache
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from .decode import Decoder, Round, Sequence
+    from .decode import Decoder
     from .generator import SpecSmallKV
+    from .sequence import Round, Sequence
 
 NUM_ALTERNATIVES = 4  # most probable tokens kept for each emitted one
 SAMPLED_EVERY = 4  # attention is compared in rounds 1, 4, 16, 64, ...

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .attention import AttentionCall, AttentionMass
 from .cache import TieredCache
-from .decode import Decoder, Sequence
+from .decode import Decoder
 from .errors import UserError
 from .generator import SpecSmallKV
 from .metrics import Scores, attention_recall, jaccard_of_top
 from .policies import Policy
 from .presets import load_policy
+from .sequence import Sequence
 
 BLOCK_ROWS = ("drafted", "gold")  # whose tokens a verify block brings: the draft's, or the text's own
 MEASURE_EVERY = 8  # blocks between two looks at the attention itself, which costs a full read

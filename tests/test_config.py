@@ -118,6 +118,7 @@ def test_impossible_values_are_refused_with_key_and_remedy(key, value):
         ("speculation", "name", "tree"),
         ("speculation", "num_draft_tokens", 0),
         ("speculation", "oracle_every", 0),
+        ("speculation", "draft_view_size", 5),
         ("speculation", "cost_table", "record.json"),
     ],
 )

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import run_task
 
-from specsmallkv.decode import Round
 from specsmallkv.errors import UserError
+from specsmallkv.sequence import Round
 from specsmallkv.tasks import roofline
 from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
 

@@ -17,6 +17,7 @@ from ..attention import layer_windows
 from ..config import RunConfig
 from ..decode import Decoder
 from ..display import Display
+from ..draft_view import is_viewed, view_dtype
 from ..errors import UserError
 from ..linear import choose_linear
 from ..models import DRAFT_KEY, resolve_device, resolve_dtype
@@ -42,6 +43,8 @@ class Plan:
     dtype: torch.dtype
     target_weight_bytes: int
     draft_weight_bytes: int
+    device: torch.device
+    view_size: int  # speculation.draft_view_size
 
     def row(self, context: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
         """Bytes of a run of so many prompt and new tokens in each of `batch_size` rows; keys as in a run's record."""
@@ -155,10 +158,18 @@ class Plan:
             scratch += oracle.nbytes
             if self.policy.due(context):  # what the head map is fitted on, and what the heads did before
                 scratch += 4 * config.num_hidden_layers * config.num_attention_heads * context
-                predicts = self.policy.tail_factor and self.policy.selection == "block"
-                compensates = self.policy.compensation != "none" and self.policy.tiers(context).marginal
-                scratch += oracle.block.nbytes if predicts or compensates else 0
-        return scratch, room
+        return scratch + self._view_bytes(capacity, oracle is not None), room
+
+    def _view_bytes(self, capacity: int, oracle_reads: bool) -> int:
+        """What drafting steps read instead of a long cache, and the row that chose it where no oracle has rows."""
+        steps = self.num_draft_tokens - (not oracle_reads)
+        if self.draft is None or steps < 1 or any(layer_windows(self.draft.config)):
+            return 0
+        if not is_viewed(self.view_size, capacity):
+            return 0
+        config, slots = self.draft.config, self.view_size + self.num_draft_tokens + 2
+        row = 0 if oracle_reads else 4 * config.num_hidden_layers * config.num_attention_heads * capacity
+        return row + kv_bytes(self.draft, slots, view_dtype(self.dtype, self.device), "all")
 
 
 def entry_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -229,7 +240,9 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
         draft_bytes = weight_bytes(draft, dtype, linear == "packed")
     for model in filter(None, (target, draft)):
         model.to(dtype)
-    return Plan(target, draft, config.policy, num_draft_tokens, dtype, target_bytes, draft_bytes), linear
+    view_size = config.speculation.draft_view_size
+    plan = Plan(target, draft, config.policy, num_draft_tokens, dtype, target_bytes, draft_bytes, device, view_size)
+    return plan, linear
 
 
 @dataclass

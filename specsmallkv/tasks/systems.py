@@ -14,12 +14,13 @@ from torch import Tensor
 from ..attention import AttentionMass
 from ..benchmarks.example import Example
 from ..config import RunConfig
-from ..decode import Decoder, Sequence
+from ..decode import Decoder
 from ..errors import UserError
 from ..generator import SpecSmallKV, memory_figures
 from ..policies import Policy
 from ..presets import load_policy
 from ..sampling import Sampler
+from ..sequence import Sequence
 from ..streaming import TextStream
 
 FULL, AUTOREGRESSIVE, DRAFT_ALONE = "full", "autoregressive", "draft"

@@ -16,7 +16,7 @@ from packaging.version import Version
 from ..attention import AttentionMass, refuse_windows
 from ..config import RunConfig
 from ..controller import make_controller
-from ..decode import Decoder, Round
+from ..decode import Decoder
 from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
@@ -25,6 +25,7 @@ from ..models import load_pair
 from ..policies import Policy
 from ..presets import load_policy
 from ..prompts import read_requests, read_text
+from ..sequence import Round
 from .generate import setting_figures
 from .grid import neediest, policy_grid
 from .roofline import Machine, measure_machine, roofline

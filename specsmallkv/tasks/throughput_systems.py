@@ -15,10 +15,11 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..cache import TieredCache
-from ..decode import Decoder, Round, Sequence
+from ..decode import Decoder
 from ..errors import UserError
 from ..linear import Slot, exchange
 from ..memory import peak_memory_bytes, reset_peak_memory
+from ..sequence import Round, Sequence
 
 STOCK = ("transformers", "assisted", "prompt_lookup")
 SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with speculation, fixed or by the controller
