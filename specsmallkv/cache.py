@@ -421,11 +421,11 @@ class TieredCache(Cache):
         for layer, slots in zip(self.layers, resident_capacity or [capacity] * len(self.layers), strict=True):
             layer.grow(capacity, slots)
 
-    def copy_to(self, other: "TieredCache") -> None:
-        """Append what this cache, from which nothing was evicted, holds to another one."""
+    def copy_to(self, other: "TieredCache", length: int | None = None) -> None:
+        """Append the first `length` tokens of this cache, from which nothing was evicted, to another one."""
         for old, new in zip(self.layers, other.layers, strict=True):
             assert not old.num_kept, "an evicted entry cannot be copied"
-            new.update(old.keys, old.values)
+            new.update(old.keys[:, :, :length], old.values[:, :, :length])
 
     @property
     def nbytes(self) -> int:

@@ -213,23 +213,27 @@ class Decoder:
         self.observe_draft(replace(base, evidence=evidence), window)
 
     def prefill(self, sequence: Sequence) -> Tensor:
-        """Target reads the prompt; logits (V,) of its last position. The observation window is read apart."""
+        """Target reads what it has not yet read of the prompt; logits (V,) of its last position.
+
+        The observation window is read apart.
+        """
         prompt = sequence.tokens
         if in_chunks(self.policy, len(prompt)):
             return read_within_budget(self, sequence)
         window = min(self.policy.num_observed, len(prompt)) if self.policy.due(len(prompt)) else 0
-        logits = self._feed(self.target, sequence.target, prompt[: len(prompt) - window], sequence.evidence.mass)
+        unread = prompt[sequence.target.seen : len(prompt) - window]
+        logits = self._feed(self.target, sequence.target, unread, sequence.evidence.mass)
         if window:
             logits = self.observe_target(sequence, prompt[-window:])
         sequence.counters.see_prefill(sequence.target)
         return logits
 
     def prefill_draft(self, sequence: Sequence) -> None:
-        """Draft reads the prompt, i.e. all tokens that the target's cache holds."""
+        """Draft reads what it has not yet read of the prompt, i.e. of all tokens that the target's cache holds."""
         if self.draft_model is not None and sequence.draft is not None:
             window = len(sequence.evidence.queries[0][0, 0]) if sequence.evidence.queries else 0
             committed = sequence.tokens[: sequence.target.seen]
-            self._feed(self.draft_model, sequence.draft, committed[: len(committed) - window])
+            self._feed(self.draft_model, sequence.draft, committed[sequence.draft.seen : len(committed) - window])
             if window:
                 self.observe_draft(sequence, committed[-window:])
 
@@ -382,9 +386,13 @@ class Decoder:
             self._open_view(sequence, rows.values[:, 0])
 
     def draft_call(self, sequence: Sequence) -> AttentionCall:
-        oracle = sequence.reading
-        if sequence.in_view:
-            return AttentionCall(self.attention, view=sequence.view)
+        """How the next drafting step attends; what it has to read for that is counted."""
+        oracle, view, draft = sequence.reading, sequence.view, sequence.draft
+        assert draft is not None
+        if view is not None and view.start is not None:
+            sequence.counters.draft_kv_read += view.num_read_bytes
+            return AttentionCall(self.attention, view=view)
+        sequence.counters.draft_kv_read += draft.held_nbytes
         return AttentionCall(self.attention, rows=oracle.block if oracle else sequence.watched_row)
 
     def _has_view(self, sequence: Sequence, steps: int) -> bool:

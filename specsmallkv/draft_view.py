@@ -66,6 +66,12 @@ class DraftView:
         return keys, values
 
     @property
+    def num_read_bytes(self) -> int:
+        """Of K and V that a step attends to, in the type they are read in."""
+        shown = self.size + (0 if self.start is None else self.cache.seen - self.start)
+        return self.buffer[..., :shown, :].nbytes
+
+    @property
     def nbytes(self) -> int:
         """Scratch on the device."""
         return self.buffer.nbytes

@@ -42,6 +42,7 @@ class Counters:
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     recall_seconds: float = 0.0  # of moving memory, a part of other phases
+    draft_kv_read: int = 0  # bytes of K and V that the drafting steps had to read
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -16,9 +16,11 @@ from specsmallkv.benchmarks import longbench, ruler
 from specsmallkv.benchmarks.data import SAMPLES
 from specsmallkv.benchmarks.ruler_make import common_words, frequent_words, variable_tracking
 from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
+from specsmallkv.decode import Decoder
 from specsmallkv.presets import build, load_policy
+from specsmallkv.sampling import Sampler
 from specsmallkv.tasks.generate import load_generator
-from specsmallkv.tasks.systems import later_text, next_prompt
+from specsmallkv.tasks.systems import later_text, make_systems, next_prompt, read_once
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1&context=16384"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1&context=16384"
@@ -93,6 +95,25 @@ def test_every_answer_equals_a_run_of_its_own(tmp_path, name):
     assert [row["total"] for row in record["results"]] == [2] * len(record["results"])
     assert record["policy"] == "specsmallkv" and record["kv_budget_effective"] < 0.5
     check_own_keys(name, record)
+
+
+def test_a_beginning_that_two_prompts_share_is_read_once(spec, monkeypatch):
+    """Up to the observation window, which every prompt reads for itself; what is fitted on it is the same."""
+    policy, fed = load_policy("specsmallkv", kv_budget=0.3, observation_size=16), []
+    systems = list(make_systems(spec, [policy], [], Sampler()))
+    first = [5 + i * i % 200 for i in range(200)]
+    second = first[:150] + [7 + i % 11 for i in range(60)]
+    earlier = read_once(spec, systems, policy, first, len(first), 8)
+    feed = Decoder._feed
+    monkeypatch.setattr(Decoder, "_feed", lambda *args: fed.append(len(args[3])) or feed(*args))
+    shared = read_once(spec, systems, policy, second, len(second), 8, earlier)
+    alone = read_once(spec, systems, policy, second, len(second), 8)
+    assert fed == [210 - 150 - 16] * 2 + [210 - 16] * 2
+    torch.testing.assert_close(shared.logits, alone.logits, atol=1e-4, rtol=1e-4)
+    maps = (reading.sequence.evidence.oracle.head_map.weights for reading in (shared, alone))
+    torch.testing.assert_close(*maps, atol=1e-3, rtol=1e-3)
+    for ours, theirs in zip(shared.sequence.draft.layers, alone.sequence.draft.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
 
 
 def test_a_next_turn_begins_behind_the_last_answer_whether_it_ended_by_itself_or_not(spec):

@@ -5,6 +5,7 @@ import torch
 from conftest import run_task
 
 from specsmallkv.errors import UserError
+from specsmallkv.linear import can_pack
 from specsmallkv.sequence import Round
 from specsmallkv.tasks import roofline
 from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
@@ -116,6 +117,56 @@ def test_all_rows_of_a_prompts_file_are_prompts_and_num_prompts_takes_the_first(
     assert run(tmp_path, *settings, "task.num_prompts=1")["num_prompts"] == 1
 
 
+def test_weights_are_of_the_type_that_any_other_task_would_choose(tmp_path, monkeypatch):
+    """Loading them unpacked for transformers must not turn `auto` into float32."""
+    monkeypatch.setattr("specsmallkv.models.computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr("specsmallkv.linear._has_arithmetic", lambda dtype: False)
+    record = run(tmp_path, "model.dtype=auto", "task.systems=[full]", "task.repeats=1")
+    packs = can_pack(torch.bfloat16, torch.device("cpu"))
+    assert (record["dtype"], record["linear"]) == (("bfloat16", "packed") if packs else ("float32", "torch"))
+
+
+BATCHED = ["transformers", "full", "full+draft", "snapkv", "smallkv", "specsmallkv+draft"]
+
+
+def test_prompts_of_a_batch_are_decoded_together_as_each_is_alone(tmp_path):
+    systems = f"task.systems=[{','.join(BATCHED)}]"
+    alone = run(tmp_path, systems, "task.num_prompts=3", "task.repeats=1")
+    batch = run(tmp_path, systems, "batch_size=3", "task.repeats=1")
+    assert batch["num_prompts"] == batch["batch_size"] == 3 and "by_prompt" not in batch
+    for index, own in enumerate(batch["systems"]):
+        each = [rows[index] for rows in alone["by_prompt"]]
+        assert own["new_tokens"] == 3 * NEW
+        assert own["token_ids"] == [row["token_ids"][0] for row in each], own["name"]
+        assert own["target_kv_bytes_full"] == sum(row["target_kv_bytes_full"] for row in each)
+        assert own["draft_kv_bytes"] == sum(row["draft_kv_bytes"] for row in each)
+        assert own["kv_bytes_read_per_token"] == pytest.approx(sum(row["kv_bytes_read_per_token"] for row in each) / 3)
+        assert own["bytes_per_token"] < sum(row["bytes_per_token"] for row in each) / 3  # weights are shared
+    assert row(batch, "transformers")["token_ids"] == row(batch, "full")["token_ids"]
+    assert row(batch, "full+draft")["acceptance_length"] == NEW / 3
+
+
+def test_two_batches_are_two_measurements(tmp_path):
+    record = run(tmp_path, "task.systems=[full]", "batch_size=2", "task.num_prompts=4", "task.repeats=1")
+    assert len(record["by_prompt"]) == 2 and record["num_prompts"] == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (("task.num_prompts=3", "task.systems=[full]"), "batch_size=2 does not divide the 3 prompts"),
+        (("task.systems=[full,assisted]",), "task.systems=assisted decodes one prompt at a time"),
+        (("task.text_file=null", "task.systems=[transformers]"), "prompts of one length, not of 39 to 49 tokens"),
+    ],
+)
+def test_what_no_batch_can_be_is_refused(tmp_path, overrides, problem):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{"a" * n}"}}\n' for n in (20, 30)), encoding="utf-8")
+    rows = [f"prompts_file={prompts}"] if "task.text_file=null" in overrides else []
+    with pytest.raises(UserError, match=problem):
+        run(tmp_path, "batch_size=2", *overrides, *rows)
+
+
 def test_figures_over_prompts_keep_what_all_share_and_leave_out_what_is_no_number():
     rows = [[{"name": "a", "x": x, "x_min": x, "text": str(x), "ms": {"draft": x}, "none": None}] for x in (3, 1, 2)]
     assert over_prompts(rows) == [{"name": "a", "x": 2, "x_min": 1, "ms": {"draft": 2}, "none": None}]
@@ -145,10 +196,9 @@ def test_acceptance_per_position_counts_only_rounds_that_drafted_so_far():
 
 def test_tokens_as_full_stops_at_the_first_difference():
     speed = {"tokens_per_second": 1.0, "tokens_per_cpu_second": 1.0}
-    rows = with_ratios(
-        [speed | {"name": "full", "token_ids": [1, 2, 3]}, speed | {"name": "x", "token_ids": [1, 5, 3]}]
-    )
-    assert [row["tokens_as_full"] for row in rows] == [3, 1]
+    texts = {"full": [[1, 2, 3], [4]], "x": [[1, 2, 3], [5]], "y": [[1, 5, 3], [4]]}
+    rows = with_ratios([speed | {"name": name, "token_ids": tokens} for name, tokens in texts.items()])
+    assert [row["tokens_as_full"] for row in rows] == [1, 0, 1]
 
 
 def test_operations_and_bytes_of_a_linear_layer_are_counted():

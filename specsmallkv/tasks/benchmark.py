@@ -23,7 +23,7 @@ from ..sampling import Sampler
 from .benchmark_results import headline, results_of
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
-from .systems import BASELINES, DRAFT_ALONE, System, chat_of, limit_of, make_systems, read_once
+from .systems import BASELINES, DRAFT_ALONE, Reading, System, chat_of, limit_of, make_systems, read_once
 
 Prompts = list[tuple[list[int], int]]  # ids, and how many of them are read before compression
 TURN_ROOM = 64  # tokens that a chat template may put around a later turn
@@ -108,13 +108,15 @@ class Benchmark(ABC):
         self, spec: SpecSmallKV, systems: list[System], examples: list[Example], prompts: Prompts, config: RunConfig
     ) -> bool:
         """Every example of every system, a JSONL row each as it comes; whether Ctrl-C ended it."""
-        display, path = Display(config.quiet), rows_path(config)
+        display, path, reading = Display(config.quiet), rows_path(config), None
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             try:
                 for index, (example, (ids, border)) in enumerate(zip(examples, prompts, strict=True)):
                     with display.waiting(f"example {index + 1} of {len(examples)}, {len(ids)} tokens"):
-                        for row in ask_all(spec, systems, example, ids, border, config):
+                        limit = limit_of(example, config)
+                        reading = read_once(spec, systems, config.policy, ids, border, limit, reading)
+                        for row in ask_all(spec, systems, example, reading, config):
                             file.write(json.dumps({"example": index, **row}, ensure_ascii=False) + "\n")
                             file.flush()
             except KeyboardInterrupt:
@@ -143,10 +145,9 @@ def rows_path(config: RunConfig) -> Path:
 
 
 def ask_all(
-    spec: SpecSmallKV, systems: list[System], example: Example, ids: list[int], border: int, config: RunConfig
+    spec: SpecSmallKV, systems: list[System], example: Example, reading: Reading, config: RunConfig
 ) -> Iterator[dict[str, Any]]:
     """One example's rows; each system keeps its figures."""
-    reading = read_once(spec, systems, config.policy, ids, border, limit_of(example, config))
     for system in systems:
         answer = system.answer(spec, reading, example, config)
         verdict = example.judge(answer.text)
@@ -161,8 +162,8 @@ def ask_all(
             "expected": example.expected,
             **judged,
             "text": answer.text,
-            "prompt_tokens": len(ids),
-            "compress_after": border,
+            "prompt_tokens": reading.prompt_tokens,
+            "compress_after": len(reading.sequence.tokens),
             "new_tokens": answer.figures["new_tokens"],
             "finished": answer.finished,
             "kv_budget_effective": answer.figures["kv_budget_effective"],

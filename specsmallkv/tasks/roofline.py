@@ -71,7 +71,7 @@ def roofline(machine: Machine, run: Run, target: PreTrainedModel, draft: PreTrai
     computed = 2 * (run.rows * count + run.steps * draft_count - run.headless * head_count)
     computed += attended(target, run.target_kv_read) * run.rows // max(run.passes, 1)
     computed += 0 if draft is None else attended(draft, run.draft_kv_read)
-    tokens = len(run.tokens) - 1
+    tokens = run.num_tokens
     least = max(
         (moved + run.draft_kv_read) / machine.copy_bytes_per_second, computed / machine.matmul_operations_per_second
     )

@@ -7,6 +7,7 @@ turns of a conversation take the system's own caches over.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -147,19 +148,40 @@ def make_systems(
 
 
 def read_once(
-    spec: SpecSmallKV, systems: list[System], policy: Policy, ids: list[int], border: int, room: int
+    spec: SpecSmallKV,
+    systems: list[System],
+    policy: Policy,
+    ids: list[int],
+    border: int,
+    room: int,
+    earlier: Reading | None = None,
 ) -> Reading:
     """Both models read the first `border` tokens, nothing is compressed yet; room: tokens that may follow `ids`.
 
-    policy: one whose prefill leaves what all systems need (`grid.neediest`).
+    policy: one whose prefill leaves what all systems need (`grid.neediest`). earlier: a reading whose beginning is
+    taken over as far as it is the same, e.g. the examples of a few-shot prompt.
     """
     decoder = spec.decoder(policy=policy)
     sequence = decoder.start(ids[:border], len(ids) - border + room)
     if any(system.decoder.policy.reads_mass for system in systems):
         sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
+    elif (
+        earlier is not None and not policy.prefill_chunk
+    ):  # attention that was summed over an earlier prompt cannot be taken apart
+        take_beginning(earlier.sequence, sequence, policy.num_observed)
     logits = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
     return Reading(sequence, logits, ids[border:])
+
+
+def take_beginning(earlier: Sequence, sequence: Sequence, num_observed: int) -> None:
+    """Copy to both caches what two prompts have in common, at most up to the new one's observation window."""
+    pairs = zip(earlier.tokens[: earlier.target.seen], sequence.tokens[: -num_observed - 1], strict=False)
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if count:
+        earlier.target.copy_to(sequence.target, count)
+        if earlier.draft is not None and sequence.draft is not None:
+            earlier.draft.copy_to(sequence.draft, count)
 
 
 def read_alone(decoder: Decoder, reading: Reading) -> Reading:

@@ -1,8 +1,8 @@
-"""task=throughput: how fast each policy decodes, beside transformers' own generation, on one prompt in one process.
+"""task=throughput: how fast each policy decodes, beside transformers' own generation, from one prefill in one process.
 
-The prompt is read once; every system starts from a copy of its caches. Repeats are interleaved in turns, so that a
-machine whose speed drifts is fair to all; medians count. `throughput_systems.py` has the systems, `roofline.py` the
-bounds.
+A prompt is read once; every system starts from a copy of its caches and decodes `batch_size` prompts at once. Repeats
+are interleaved in turns, so that a machine whose speed drifts is fair to all; medians count. `throughput_systems.py`
+has the systems, `roofline.py` the bounds.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
 from ..linear import Slot, choose_linear, linear_layers
-from ..models import load_pair
+from ..models import load_pair, resolve_device, resolve_dtype
 from ..policies import Policy
 from ..presets import load_policy
 from ..prompts import read_requests, read_text
@@ -46,14 +46,15 @@ class Measured:
 
     def rate(self, clock: str = "seconds") -> list[float]:
         """Tokens a second of each repeat; clock: "seconds" or "cpu_seconds"."""
-        return [(len(run.tokens) - 1) / max(getattr(run, clock), 1e-9) for run in self.runs]
+        return [run.num_tokens / max(getattr(run, clock), 1e-9) for run in self.runs]
 
 
 @dataclass
 class ThroughputTask:
     """text_file, offset, context_tokens: the prompt, else the run's own. systems: see conf/task/throughput.yaml.
 
-    num_prompts: passages of the text, one behind the other, or first rows of a prompts_file; None: one, or all rows.
+    num_prompts: passages of the text, one behind the other, or first rows of a prompts_file; None: one batch, or all
+    rows. The run's batch_size says how many are decoded at once.
 
     repeats and warmup_tokens of each system; assistant_tokens and lookup_tokens of transformers' own speculation;
     stock_prefill: time transformers' prefill too.
@@ -70,6 +71,8 @@ class ThroughputTask:
     assistant_tokens: int
     lookup_tokens: int
     stock_prefill: bool
+
+    uses_batch_size = True
 
     def __post_init__(self) -> None:
         rules = {"offset": 0, "context_tokens": 16, "repeats": 1, "warmup_tokens": 1}
@@ -96,24 +99,27 @@ class ThroughputTask:
         with display.waiting("loading the models"):
             spec, originals = self._load(config, policies)
         refuse_windows("task=throughput", *(m.config for m in (spec.pair.target, spec.pair.draft) if m is not None))
-        prompts, machine = self._prompts(config, spec), measure_machine(spec.pair.target)
+        batches, machine = self._batches(config, spec), measure_machine(spec.pair.target)
         by_prompt: list[list[Row]] = []
         interrupted = False
-        for number, tokens in enumerate(prompts, start=1):
-            with display.waiting(f"prompt {number} of {len(prompts)}: reading {len(tokens)} tokens"):
-                prompt = self._read(config, spec, list(policies.values()), tokens)
-            measured = self._systems(config, spec, policies, prompt, originals)
+        for number, batch in enumerate(batches):
+            prompts = []
+            for place, tokens in enumerate(batch, start=config.batch_size * number + 1):
+                with display.waiting(f"prompt {place} of {sum(map(len, batches))}: reading {len(tokens)} tokens"):
+                    prompts.append(self._read(config, spec, list(policies.values()), tokens))
+            measured = self._systems(config, spec, policies, prompts, originals)
             interrupted = self._measure(measured, config.max_new_tokens, display, bool(by_prompt))
-            rows = with_ratios([self._row(x, spec, prompt, machine) for x in measured if x.runs])
+            rows = with_ratios([self._row(x, spec, machine) for x in measured if x.runs])
             by_prompt += [rows] if not interrupted or not by_prompt else []  # a part of a later prompt is no prompt
             if interrupted:
                 break
         rows = over_prompts(by_prompt)
         display.throughput(rows)
         figures = headline(rows, chosen, config.speculation.name) | {"systems": rows, "machine": vars(machine)}
-        figures |= {"threads": torch.get_num_threads(), "interrupted": interrupted, "num_prompts": len(by_prompt)}
+        figures |= {"threads": torch.get_num_threads(), "interrupted": interrupted}
         figures |= {"by_prompt": by_prompt} if len(by_prompt) > 1 else {}
-        figures |= {"prompt_tokens": median(map(len, prompts[: len(by_prompt)]))}
+        done = [len(tokens) for batch in batches[: len(by_prompt)] for tokens in batch]
+        figures |= {"num_prompts": len(done), "batch_size": config.batch_size, "prompt_tokens": median(done)}
         return setting_figures(config, spec) | figures
 
     # --- what is measured ----------------------------------------------------------------------------------------
@@ -127,7 +133,9 @@ class ThroughputTask:
         """The pair, and its layers before they were packed, for transformers' own systems."""
         speculates = any(name.endswith((SPECULATES, ADAPTS)) or name == "assisted" for name in self.systems)
         need_draft = speculates or any(policy.reads_draft for policy in policies.values())
-        pair = load_pair(replace(config.model, linear="torch"), need_draft, config.quiet)
+        device = resolve_device(config.model.device)
+        dtype = str(resolve_dtype(config.model.dtype, device, config.model.linear)).removeprefix("torch.")
+        pair = load_pair(replace(config.model, linear="torch", dtype=dtype), need_draft, config.quiet)
         models = [model for model in (pair.target, pair.draft) if model is not None]
         originals: list[Slot] = []
         if choose_linear(config.model.linear, pair.target.dtype, pair.target.device) == "packed":
@@ -138,10 +146,29 @@ class ThroughputTask:
         policy = neediest(list(policies.values()) or [load_policy("full")])
         return SpecSmallKV(pair, policy, num_draft_tokens, config.model.attention), originals
 
+    def _batches(self, config: RunConfig, spec: SpecSmallKV) -> list[list[list[int]]]:
+        """Token ids of the prompts that are decoded together, all of them checked before the first is read."""
+        size, prompts = config.batch_size, self._prompts(config, spec)
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        if len(batches[-1]) < size:
+            raise UserError(
+                f"batch_size={size} does not divide the {len(prompts)} prompts; set task.num_prompts to a multiple."
+            )
+        if size > 1 and any(name in STOCK for name in self.systems):
+            lengths = sorted(set(map(len, prompts)))
+            if alone := [name for name in self.systems if name in STOCK[1:]]:
+                raise UserError(f"task.systems={alone[0]} decodes one prompt at a time; leave it out, or batch_size.")
+            if len(lengths) > 1:
+                raise UserError(
+                    f"task.systems=transformers needs prompts of one length, not of {lengths[0]} to {lengths[-1]} "
+                    "tokens; give a task.text_file, or leave it out."
+                )
+        return batches
+
     def _prompts(self, config: RunConfig, spec: SpecSmallKV) -> list[list[int]]:
-        """Token ids of every prompt, all of them checked before the first is read."""
         if self.text_file is not None:
-            content, count = read_text("task.text_file", self.text_file), self.num_prompts or 1
+            content = read_text("task.text_file", self.text_file)
+            count = self.num_prompts or config.batch_size
             needed, lower = count * self.context_tokens, "task.context_tokens or task.num_prompts"
             tokens = passage(spec, self.text_file, content, self.offset, needed, lower, self.context_tokens)
             prompts = [tokens[i : i + self.context_tokens] for i in range(0, needed, self.context_tokens)]
@@ -158,7 +185,12 @@ class ThroughputTask:
         return read_prompt(spec.decoder(), tokens, config.max_new_tokens + 1, mass)
 
     def _systems(
-        self, config: RunConfig, spec: SpecSmallKV, policies: dict[str, Policy], prompt: Prompt, originals: list[Slot]
+        self,
+        config: RunConfig,
+        spec: SpecSmallKV,
+        policies: dict[str, Policy],
+        prompts: list[Prompt],
+        originals: list[Slot],
     ) -> list[Measured]:
         pair = spec.pair
         systems: list[StockSystem | OwnSystem] = []
@@ -170,14 +202,14 @@ class ThroughputTask:
         for name in self.systems:
             if name in STOCK:
                 options = {"prompt_lookup_num_tokens": self.lookup_tokens} if name == "prompt_lookup" else {}
-                systems.append(StockSystem(name, prompt, pair.draft, originals, options, drafting))
+                systems.append(StockSystem(name, prompts, pair.draft, originals, options, drafting))
             else:
                 count = spec.num_draft_tokens if name.endswith((SPECULATES, ADAPTS)) else 0
                 controller = make_controller(replace(config.speculation, adaptive=name.endswith(ADAPTS)))
                 decoder = Decoder(
                     pair.target, pair.draft, policies[name], count, None, spec.attention, pair.head_map, controller
                 )
-                systems.append(OwnSystem(name, decoder, prompt))
+                systems.append(OwnSystem(name, decoder, prompts))
         return [Measured(system) for system in systems]
 
     def _measure(self, measured: list[Measured], num_tokens: int, display: Display, has_results: bool) -> bool:
@@ -199,56 +231,56 @@ class ThroughputTask:
 
     # --- what is reported ----------------------------------------------------------------------------------------
 
-    def _row(self, measured: Measured, spec: SpecSmallKV, prompt: Prompt, machine: Machine) -> dict[str, Any]:
+    def _row(self, measured: Measured, spec: SpecSmallKV, machine: Machine) -> dict[str, Any]:
         """One system's figures; counts are those of its last repeat, since greedy repeats do the same."""
         system, last, pair = measured.system, measured.runs[-1], spec.pair
         uses_draft = last.steps > 0
-        row = {"name": system.name, "repeats": len(measured.runs), "new_tokens": len(last.tokens) - 1}
+        row = {"name": system.name, "repeats": len(measured.runs), "new_tokens": last.num_tokens}
         for key, clock in (("tokens_per_second", "seconds"), ("tokens_per_cpu_second", "cpu_seconds")):
             rates = measured.rate(clock)
             row |= {key: median(rates), f"{key}_min": min(rates), f"{key}_max": max(rates)}
         row |= self._own_figures(measured) if isinstance(system, OwnSystem) else self._stock_figures(system)
-        tokens = len(last.tokens) - 1
+        tokens, drafts = last.num_tokens, [x.base.draft for x in system.prompts if uses_draft and x.base.draft]
         row |= {
-            "acceptance_length": tokens / max(last.passes, 1),
+            "acceptance_length": tokens / max(len(last.rounds) or last.passes * len(last.tokens), 1),
             "kv_bytes_read_per_token": last.target_kv_read / tokens,
             "draft_kv_bytes_read_per_token": last.draft_kv_read / tokens,
             "draft_weight_bytes": pair.draft_weight_bytes if uses_draft else 0,
-            "draft_kv_bytes": prompt.base.draft.nbytes if uses_draft and prompt.base.draft else 0,
+            "draft_kv_bytes": sum(draft.nbytes for draft in drafts),
             "peak_memory_bytes": max((run.peak_memory_bytes or 0 for run in measured.runs), default=0) or None,
-            "text": pair.tokenizer.decode(last.tokens),
+            "text": pair.tokenizer.decode(last.tokens[0]),
             "token_ids": last.tokens,
         }
         return row | roofline(machine, last, pair.target, pair.draft if uses_draft else None)
 
     def _own_figures(self, measured: Measured) -> dict[str, Any]:
-        last, prompt = measured.runs[-1], measured.system.prompt
-        sequence, rounds = last.sequence, last.rounds
-        assert sequence is not None and isinstance(measured.system, OwnSystem)
-        counters, policy = sequence.counters, measured.system.decoder.policy
+        last, prompts = measured.runs[-1], measured.system.prompts
+        sequences, rounds = last.sequences, last.rounds
+        assert sequences and isinstance(measured.system, OwnSystem)
+        counters, policy = last.counters, measured.system.decoder.policy
         drafted, accepted = counters.drafted, counters.accepted
+        recalling = sum(sequence.counters.recall_seconds for sequence in sequences)
         return {
             "policy": policy.name,
             "kv_budget": policy.kv_budget,
             "num_draft_tokens": measured.system.decoder.num_draft_tokens,
-            "ttft_seconds": prompt.seconds,
-            "draft_prefill_seconds": prompt.draft_seconds if sequence.draft is not None else 0.0,
-            "phase_ms": {key: 1e3 * value / len(rounds) for key, value in counters.seconds.items()},
-            "recall_ms": 1e3 * counters.recall_seconds / len(rounds),
-            "phase_cpu_ms": {key: 1e3 * value / len(rounds) for key, value in counters.cpu_seconds.items()},
+            "ttft_seconds": prompts[0].seconds,
+            "draft_prefill_seconds": prompts[0].draft_seconds if sequences[0].draft is not None else 0.0,
+            "phase_ms": {key: 1e3 * value / last.passes for key, value in counters.seconds.items()},
+            "recall_ms": 1e3 * recalling / last.passes,
+            "phase_cpu_ms": {key: 1e3 * value / last.passes for key, value in counters.cpu_seconds.items()},
             "acceptance_rate": accepted / drafted if drafted else None,
             "acceptance_per_position": per_position(rounds),
             "target_kv_bytes": counters.max_target_bytes,
-            "target_kv_bytes_full": counters.full_bytes_then,
-            "target_kv_host_bytes": sequence.target.host_nbytes,
-            "scratch_bytes": sequence.held()["scratch_bytes"],
-            "recall_bytes_per_token": sequence.target.recall_bytes / (len(last.tokens) - 1),
-            "kept_per_layer": sequence.target.kept_per_layer(),
+            "target_kv_bytes_full": sum(sequence.counters.full_bytes_then for sequence in sequences),
+            "target_kv_host_bytes": sum(sequence.target.host_nbytes for sequence in sequences),
+            "scratch_bytes": sum(sequence.held()["scratch_bytes"] for sequence in sequences),
+            "recall_bytes_per_token": sum(sequence.target.recall_bytes for sequence in sequences) / last.num_tokens,
+            "kept_per_layer": sequences[0].target.kept_per_layer(),
         }
 
     def _stock_figures(self, system: StockSystem) -> dict[str, Any]:
-        base = system.prompt.base
-        nbytes = base.target.full_nbytes
+        nbytes = sum(prompt.base.target.full_nbytes for prompt in system.prompts)
         seconds = system.prefill() if self.stock_prefill and system.name == "transformers" else None
         own = {"policy": None, "kv_budget": 1.0, "ttft_seconds": seconds, "acceptance_rate": None}
         return own | {"target_kv_bytes": nbytes, "target_kv_bytes_full": nbytes}
@@ -268,10 +300,14 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, base in bases.items():
             row[f"ratio_to_{name}"] = row["tokens_per_second"] / base["tokens_per_second"]
             row[f"cpu_ratio_to_{name}"] = row["tokens_per_cpu_second"] / base["tokens_per_cpu_second"]
-        full = bases.get("full", row)["token_ids"]
-        pairs = list(zip(row["token_ids"], full, strict=False))
-        row["tokens_as_full"] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        row["tokens_as_full"] = min(map(first_difference, row["token_ids"], bases.get("full", row)["token_ids"]))
     return rows
+
+
+def first_difference(tokens: list[int], others: list[int]) -> int:
+    """How many tokens are the same before two differ, or one text ends."""
+    pairs = list(zip(tokens, others, strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 def over_prompts(by_prompt: list[list[Row]]) -> list[Row]:

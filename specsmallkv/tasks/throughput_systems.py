@@ -1,7 +1,8 @@
-"""What `task=throughput` measures: transformers' own ways to generate, and ours, each from one prefill of the prompt.
+"""What `task=throughput` measures: transformers' own ways to generate, and ours, each from one prefill of the prompts.
 
-A system decodes a number of tokens greedily from a copy of the prompt's caches and says what it did. Copies are made
-before the clock starts. End-of-sequence tokens end nothing, so that all decode equally long.
+A system decodes a number of tokens greedily from copies of the prompts' caches, for all of them at once, and says
+what it did. Copies are made before the clock starts. End-of-sequence tokens end nothing, so that all decode equally
+long.
 """
 
 import time
@@ -14,12 +15,13 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..batch import BatchDecoder, Job, Row
 from ..cache import TieredCache
 from ..decode import Decoder
 from ..errors import UserError
 from ..linear import Slot, exchange
 from ..memory import peak_memory_bytes, reset_peak_memory
-from ..sequence import Round, Sequence
+from ..sequence import Counters, Round, Sequence
 
 STOCK = ("transformers", "assisted", "prompt_lookup")
 SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with speculation, fixed or by the controller
@@ -29,21 +31,28 @@ SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with specu
 class Run:
     """One repeat: what was decoded, how long it took and what it moved. passes: of the target; steps: of the draft.
 
-    headless: draft steps without the output layer. kv_read: bytes of K and V that attention had to read, by model.
+    tokens: of each prompt. rows: that the target's passes computed. headless: draft steps without the output layer.
+    kv_read: bytes of K and V that attention had to read, by model. counters: of all sequences together.
     """
 
-    tokens: list[int]
-    seconds: float
-    cpu_seconds: float
-    passes: int
+    tokens: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    passes: int = 0
     steps: int = 0
     headless: int = 0
-    rows: int = 0  # that the target's passes computed
+    rows: int = 0
     target_kv_read: int = 0
     draft_kv_read: int = 0
     peak_memory_bytes: int | None = None
     rounds: list[Round] = field(default_factory=list)
-    sequence: Sequence | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def num_tokens(self) -> int:
+        """Decoded while the clock ran: each prompt's first token comes from its prefill."""
+        return sum(len(own) - 1 for own in self.tokens)
 
 
 @contextmanager
@@ -89,40 +98,60 @@ def read_prompt(decoder: Decoder, tokens: list[int], num_tokens: int, mass: Any)
 
 
 class OwnSystem:
-    """One policy, with or without speculation, through `Decoder.decode`."""
+    """One policy, with or without speculation: a prompt through `Decoder.decode`, several through `BatchDecoder`."""
 
-    def __init__(self, name: str, decoder: Decoder, prompt: Prompt):
-        self.name, self.decoder, self.prompt = name, decoder, prompt
+    def __init__(self, name: str, decoder: Decoder, prompts: list[Prompt]):
+        self.name, self.decoder, self.prompts = name, decoder, prompts
 
     def run(self, num_tokens: int) -> Run:
-        """`num_tokens` tokens behind the first one, which the prefill gave."""
-        base = self.prompt.base
-        sequence = self.decoder.branch(base)
-        sequence.limit = len(base.tokens) + num_tokens + 1
-        rounds = self.decoder.decode(sequence, self.prompt.logits)
-        next(rounds)
+        """`num_tokens` tokens behind each prompt's first one, which the prefill gave."""
+        run = Run(sequences=[self._branch(prompt.base, num_tokens) for prompt in self.prompts])
+        passes = self._together(run) if len(self.prompts) > 1 else self._alone(run)
+        next(passes)
         reset_peak_memory()
-        run = Run([], 0.0, 0.0, 0, sequence=sequence)
         with clocked(self.decoder.device) as clock:
-            for round_, _ in rounds:
-                self._note(run, round_, sequence)
+            for rounds in passes:
+                self._note(run, rounds)
             run.seconds, run.cpu_seconds = clock()
         run.peak_memory_bytes = peak_memory_bytes(self.decoder.device)
-        run.tokens = sequence.tokens[len(base.tokens) :]
-        if base.draft is not None:
-            base.draft.rollback(base.draft.seen - len(base.tokens))
+        for prompt, sequence in zip(self.prompts, run.sequences, strict=True):
+            run.tokens.append(sequence.tokens[len(prompt.base.tokens) :])
+            run.draft_kv_read += sequence.counters.draft_kv_read
+            if prompt.base.draft is not None:
+                prompt.base.draft.rollback(prompt.base.draft.seen - len(prompt.base.tokens))
         return run
 
-    def _note(self, run: Run, round_: Round, sequence: Sequence) -> None:
-        run.rounds.append(round_)
+    def _branch(self, base: Sequence, num_tokens: int) -> Sequence:
+        sequence = self.decoder.branch(base)
+        sequence.limit = len(base.tokens) + num_tokens + 1
+        return sequence
+
+    def _alone(self, run: Run) -> Iterator[list[tuple[Round, Sequence]]]:
+        """The rounds of each pass; the first one is the prefill's."""
+        run.counters = run.sequences[0].counters
+        for pair in self.decoder.decode(run.sequences[0], self.prompts[0].logits):
+            yield [pair]
+
+    def _together(self, run: Run) -> Iterator[list[tuple[Round, Sequence]]]:
+        batch, rows = BatchDecoder(self.decoder, len(self.prompts)), list[Row]()
+        run.counters = batch.counters
+        for number, (prompt, sequence) in enumerate(zip(self.prompts, run.sequences, strict=True)):
+            generator = torch.Generator(self.decoder.device).manual_seed(0)
+            self.decoder.first(sequence, prompt.logits, generator)
+            rows.append(Row(number, Job(prompt.base.tokens, sequence.limit), sequence, generator, 0.0))
+        yield []
+        while rows := [row for row in rows if not row.finished]:
+            yield list(zip(batch.round(rows), (row.sequence for row in rows), strict=True))
+
+    def _note(self, run: Run, rounds: list[tuple[Round, Sequence]]) -> None:
+        headless = any(sequence.reading is not None for _, sequence in rounds)
         run.passes += 1
-        run.rows += round_.num_drafted + 1
-        run.target_kv_read += sequence.counters.last_target_bytes
-        headless = 1 if sequence.reading is not None else 0
-        run.steps += round_.num_drafted + headless
+        run.steps += max(round_.num_drafted for round_, _ in rounds) + headless
         run.headless += headless
-        if sequence.draft is not None:
-            run.draft_kv_read += (round_.num_drafted + headless) * sequence.draft.nbytes
+        for round_, sequence in rounds:
+            run.rounds.append(round_)
+            run.rows += round_.num_drafted + 1
+            run.target_kv_read += sequence.counters.last_target_bytes
 
 
 class StockSystem:
@@ -131,33 +160,34 @@ class StockSystem:
     def __init__(
         self,
         name: str,
-        prompt: Prompt,
+        prompts: list[Prompt],
         draft: PreTrainedModel | None,
         originals: list[Slot],
         options: dict[str, Any],
         drafting: dict[str, Any],
     ):
         """options: for `generate`; drafting: for the draft's own generation config (assisted generation)."""
-        self.name, self.prompt, self.originals = name, prompt, originals
-        self.model: PreTrainedModel = prompt.decoder.target
+        self.name, self.prompts, self.originals = name, prompts, originals
+        self.model: PreTrainedModel = prompts[0].decoder.target
         self.draft, self.options, self.drafting = draft if name == "assisted" else None, options, drafting
         if name == "assisted" and draft is None:
             raise UserError("task.systems=assisted needs a draft model; set model.draft, or leave it out.")
 
     def run(self, num_tokens: int) -> Run:
         """As many tokens as ours, after the first one of the prefill."""
-        base = self.prompt.base
-        ids = torch.tensor([[*base.tokens, int(self.prompt.logits.argmax())]], device=self.model.device)
-        cache, run = dynamic_cache(base.target, len(base.tokens)), Run([], 0.0, 0.0, 0)
+        known = [[*prompt.base.tokens, int(prompt.logits.argmax())] for prompt in self.prompts]
+        bases, length = [prompt.base for prompt in self.prompts], len(known[0]) - 1
+        ids = torch.tensor(known, device=self.model.device)
+        cache, run = dynamic_cache([base.target for base in bases], length), Run()
         with ExitStack() as stack:
             for model in filter(None, (self.model, self.draft)):
                 stack.enter_context(stock(model, self.drafting if model is self.draft else {}))
             stack.enter_context(exchanged(self.originals))
             stack.enter_context(only_new_tokens(self.model, run, cache))
             options = dict(self.options)
-            if self.draft is not None and base.draft is not None:
+            if self.draft is not None and bases[0].draft is not None:
                 options["assistant_model"] = self.draft
-                stack.enter_context(prefilled(self.draft, dynamic_cache(base.draft, len(base.tokens)), run))
+                stack.enter_context(prefilled(self.draft, dynamic_cache([bases[0].draft], length), run))
             reset_peak_memory()
             with clocked(self.model.device) as clock:
                 out = self.model.generate(
@@ -165,22 +195,25 @@ class StockSystem:
                 )
                 run.seconds, run.cpu_seconds = clock()
         run.peak_memory_bytes = peak_memory_bytes(self.model.device)
-        run.tokens = out[0, len(base.tokens) :].tolist()
+        run.tokens = out[:, length:].tolist()
         return run
 
     def prefill(self) -> float:
-        """Seconds to the first token when transformers reads the prompt itself."""
-        ids = torch.tensor([self.prompt.base.tokens], device=self.model.device)
+        """Seconds to the first token when transformers reads the first prompt itself."""
+        ids = torch.tensor([self.prompts[0].base.tokens], device=self.model.device)
         with stock(self.model, {}), exchanged(self.originals), clocked(self.model.device) as clock:
             self.model.generate(ids, max_new_tokens=1, do_sample=False)
             return clock()[0]
 
 
-def dynamic_cache(cache: TieredCache, length: int) -> DynamicCache:
-    """transformers' cache with a copy of the first `length` tokens, from which nothing was evicted."""
+def dynamic_cache(caches: list[TieredCache], length: int) -> DynamicCache:
+    """transformers' cache with a copy of each cache's first `length` tokens, from which nothing was evicted."""
     copy = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        copy.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+    for index, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys, values = (
+            [x[:, :, :length] for x in own] for own in zip(*((y.keys, y.values) for y in layers), strict=True)
+        )
+        copy.update(torch.cat(keys), torch.cat(values), index)
     return copy
 
 
@@ -221,7 +254,7 @@ def only_new_tokens(model: PreTrainedModel, run: Run, cache: DynamicCache) -> It
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = kwargs["position_ids"][:, held:]
         run.passes += 1
-        run.rows += kwargs["input_ids"].shape[1]
+        run.rows += kwargs["input_ids"].numel()
         return args, kwargs
 
     def after(*_: Any) -> None:
