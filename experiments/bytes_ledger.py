@@ -38,7 +38,7 @@ def break_even(target: float, draft: float, scratch: float, weights: float, budg
 def per_token(pair: str) -> tuple[float, float, float, float]:
     """T, D, s in bytes, and W."""
     target, draft, draft_heads, target_heads, parameters = PAIRS[pair]
-    scratch = 4 * (draft_heads * (2 * BLOCK + 1) + target_heads)  # rows, a copy, their sum; history
+    scratch = 4 * (draft_heads * (BLOCK + 2) + target_heads)  # rows, their mean, their sum; history
     return 4 * float(np.prod(target)), 4 * float(np.prod(draft)), scratch, 2 * parameters
 
 

@@ -39,7 +39,8 @@ class AttentionOracle:
     @property
     def nbytes(self) -> int:
         """Scratch on the device."""
-        return self.block.nbytes + self._sum.nbytes + (0 if self.history is None else self.history.nbytes)
+        held = (self.history, self._recent)
+        return self.block.nbytes + self._sum.nbytes + sum(x.nbytes for x in held if x is not None)
 
     @property
     def trusted(self) -> bool:
