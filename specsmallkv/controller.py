@@ -69,16 +69,18 @@ class History:
 class Costs:
     """Seconds at one context length, tokens. draft: one step; read: of the oracle, its step of the draft and the plan;
 
-    verify: passes over 1, 2, ... tokens.
+    verify: passes over 1, 2, ... tokens. first: what the first step takes more than others (`draft_view.py`).
     """
 
     context: int
     draft: float
     read: float
     verify: tuple[float, ...]
+    first: float = 0.0
 
     def round(self, num_drafts: int, reads: bool = True) -> float:
-        return self.draft * num_drafts + self.read * reads + self.verify[num_drafts]
+        drafting = self.draft * num_drafts + self.first * (num_drafts > 0)
+        return drafting + self.read * reads + self.verify[num_drafts]
 
 
 @dataclass
@@ -106,7 +108,8 @@ class CostTable:
             return a + share * (b - a)
 
         verify = tuple(between(a, b) for a, b in zip(low.verify, high.verify, strict=False))
-        return Costs(context, between(low.draft, high.draft), between(low.read, high.read), verify)
+        draft, read, first = (between(getattr(low, x), getattr(high, x)) for x in ("draft", "read", "first"))
+        return Costs(context, draft, read, verify, first)
 
     def plain(self) -> list[dict[str, Any]]:
         return [asdict(row) for row in self.rows]
@@ -118,8 +121,12 @@ def load_cost_table(source: str) -> CostTable:
     try:
         found = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
         rows = found["cost_table"] if isinstance(found, dict) else found
-        costs = [Costs(x["context"], x["draft"], x["read"], tuple(map(float, x["verify"]))) for x in rows]
-        if not costs or any(len(row.verify) < 2 or min(row.draft, row.read, *row.verify) < 0 for row in costs):
+        costs = [
+            Costs(x["context"], x["draft"], x["read"], tuple(map(float, x["verify"])), x.get("first", 0)) for x in rows
+        ]
+        if not costs or any(
+            len(row.verify) < 2 or min(row.draft, row.read, row.first, *row.verify) < 0 for row in costs
+        ):
             raise ValueError("it has no costs")
     except OSError as error:
         raise UserError(f"speculation.cost_table={source} cannot be read ({error.strerror}); {remedy}.") from error
@@ -221,14 +228,17 @@ def measure(decoder: "Decoder", sequence: "Sequence", most: int) -> Costs:
     first, last = seconds[1]["verify"], seconds[most]["verify"]
     slope = (last - first) / max(most - 1, 1)
     verify = (seconds[0]["verify"], *(first + slope * (count - 1) for count in range(1, most + 1)))
-    step = max(0.0, (seconds[most]["draft"] - seconds[0]["draft"]) / most)
+    drafting = {count: seconds[count]["draft"] - seconds[0]["draft"] for count in seconds}
+    step = max(0.0, (drafting[most] - drafting[1]) / (most - 1) if most > 1 else drafting[1])
     read = seconds[0]["draft"] + min(own["plan"] for own in seconds.values())
-    return Costs(sequence.target.seen, step, read, verify)
+    return Costs(sequence.target.seen, step, read, verify, max(0.0, drafting[1] - step))
 
 
 def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str, float]:
     """Seconds of the phases of a round with `count` drafts, all of which is rolled back, figures included."""
     kept = sequence.counters, sequence.logits, [layer.recall_bytes for layer in sequence.target.layers]
+    oracle = sequence.evidence.oracle
+    recent = oracle.recent_rows if oracle else None
     counters = sequence.counters = type(sequence.counters)()
     sequence.decision = Decision(count, view_size=decoder.controller.view_size if decoder.controller else 0)
     generator = torch.Generator(decoder.device).manual_seed(0)
@@ -240,6 +250,9 @@ def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str,
         decoder.verify(sequence, drafts).argmax(dim=-1).tolist()  # waits for the device
     decoder.rollback(sequence, len(drafts) + 1)
     sequence.counters, sequence.logits, recalled = kept
+    sequence.last_row = None
+    if oracle is not None:
+        oracle.recent_rows = recent
     for layer, own in zip(sequence.target.layers, recalled, strict=True):
         layer.recall_bytes = own
     return counters.seconds

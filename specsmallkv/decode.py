@@ -171,7 +171,7 @@ class Decoder:
             sequence.evidence.mass.grow(limit + room)
         for layer in sequence.target.layers:
             layer.recall_bytes = 0
-        sequence.tokens = sequence.tokens[: sequence.target.seen]
+        sequence.tokens, sequence.last_row = sequence.tokens[: sequence.target.seen], None
         sequence.limit, sequence.counters = limit, Counters()
         return sequence
 
@@ -335,7 +335,8 @@ class Decoder:
         count, steps = self.begin_draft(sequence)
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count):
-            logits = self.forward(self.draft_model, sequence.draft, pending, self.draft_call(sequence))[-1]
+            call = self.draft_call(sequence, len(pending))
+            logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
             token, distribution = self.propose(sequence, logits, generator)
             if step == 0:
                 self.recall_ahead(sequence)
@@ -345,7 +346,8 @@ class Decoder:
             pending = [token]
         if steps > count:  # rows alone are wanted
             tokens = self.unread(sequence, drafts)
-            self.forward(self.draft_model, sequence.draft, tokens, self.draft_call(sequence), num_logits=0)
+            call = self.draft_call(sequence, len(tokens))
+            self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
         return drafts, probabilities
 
     def unread(self, sequence: Sequence, drafts: list[int]) -> list[int]:
@@ -377,7 +379,7 @@ class Decoder:
         """With rows of the last block all steps can use a view, unless the draft has fallen behind."""
         draft = sequence.draft
         if draft is not None and self._has_view(sequence, count) and len(sequence.tokens) - draft.seen <= 2:
-            self._open_view(sequence, oracle.recent_rows)
+            self._open_view(sequence, oracle.attended())
 
     def view_rest(self, sequence: Sequence, count: int) -> None:
         """A first step that read the whole cache says by its row what the others see of it."""
@@ -385,14 +387,14 @@ class Decoder:
         if rows is not None and not sequence.in_view and self._has_view(sequence, count - 1):
             self._open_view(sequence, rows.values[:, 0])
 
-    def draft_call(self, sequence: Sequence) -> AttentionCall:
-        """How the next drafting step attends; what it has to read for that is counted."""
+    def draft_call(self, sequence: Sequence, num_tokens: int) -> AttentionCall:
+        """How a drafting step over so many tokens attends; what it has to read for that is counted."""
         oracle, view, draft = sequence.reading, sequence.view, sequence.draft
         assert draft is not None
         if view is not None and view.start is not None:
-            sequence.counters.draft_kv_read += view.num_read_bytes
+            sequence.counters.see_draft(view.shown_nbytes, num_tokens)
             return AttentionCall(self.attention, view=view)
-        sequence.counters.draft_kv_read += draft.held_nbytes
+        sequence.counters.see_draft(draft.held_nbytes, num_tokens)
         return AttentionCall(self.attention, rows=oracle.block if oracle else sequence.watched_row)
 
     def _has_view(self, sequence: Sequence, steps: int) -> bool:
@@ -418,7 +420,7 @@ class Decoder:
         logits: "none" where the rows alone are wanted.
         """
         caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
-        calls = [self.draft_call(sequence) for sequence in sequences]
+        calls = [self.draft_call(*pair) for pair in zip(sequences, map(len, tokens), strict=True)]
         return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
 
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:

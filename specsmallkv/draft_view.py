@@ -3,8 +3,8 @@
 A view has the tokens that the draft's last full pass attended most, the most recent ones and what follows. Where the
 oracle reads, the draft reads the whole block again after its steps, in one pass over its full cache: that leaves exact
 keys and values, and exact rows to predict from. Elsewhere that pass is the next round's first step. So a round reads
-the draft's cache once instead of k + 1 times, and what a view misses costs acceptance alone (as the sparse drafts of
-TriForce, arXiv 2404.11912, and MagicDec, arXiv 2408.11049).
+the draft's cache once instead of k + 1 times, and what a view misses is other drafts (as with the sparse drafts of
+TriForce, arXiv 2404.11912, and MagicDec, arXiv 2408.11049). A draft with sliding windows has no view.
 """
 
 import torch
@@ -66,10 +66,10 @@ class DraftView:
         return keys, values
 
     @property
-    def num_read_bytes(self) -> int:
-        """Of K and V that a step attends to, in the type they are read in."""
+    def shown_nbytes(self) -> int:
+        """Of K and V that a step attends to, in the cache's type."""
         shown = self.size + (0 if self.start is None else self.cache.seen - self.start)
-        return self.buffer[..., :shown, :].nbytes
+        return self.buffer[..., :shown, :].numel() * self.cache.layers[0].k.element_size()
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,6 @@
 """A head map's weights times the draft's rows. Few of the weights are not zero; on CPUs a sparse product uses that.
 
-The rows are taken in blocks of columns that stay in a core's cache: as a whole they do not, and no time is saved.
+The rows are copied into blocks of columns that stay in a core's cache: as a whole they do not, and no time is saved.
 """
 
 import warnings
@@ -14,14 +14,14 @@ DENSE_SHARE = 0.125  # of weights that are not zero, from which a dense product 
 
 
 def column_blocks(rows: Tensor) -> Sequence[Tensor]:
-    """(M, T, N), contiguous or not, as (M, T * N), in contiguous blocks of columns where products are sparse."""
+    """(M, T, N), contiguous or not, as (M, T * N); on CPUs in contiguous blocks of columns."""
     if rows.device.type != "cpu":
         return [rows.flatten(1)]
     return [block.contiguous() for row in rows.unbind(dim=1) for block in row.split(COLUMNS, dim=1)]
 
 
 class Mixer:
-    """Weights (R, M), to be multiplied many times. A result does not depend on how many columns there are."""
+    """Weights (R, M), to be multiplied many times."""
 
     def __init__(self, weights: Tensor):
         self.weights = weights

@@ -34,12 +34,12 @@ class AttentionOracle:
         self._count = 0.0
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
         self._fit: HeadMapFit | None = None
-        self._recent: Tensor | None = None  # (M, n): mean over the last block's rows
+        self.recent_rows: Tensor | None = None  # (M, n): mean over the last block's rows, once one was planned for
 
     @property
     def nbytes(self) -> int:
         """Scratch on the device."""
-        held = (self.history, self._recent)
+        held = (self.history, self.recent_rows)
         return self.block.nbytes + self._sum.nbytes + sum(x.nbytes for x in held if x is not None)
 
     @property
@@ -124,10 +124,9 @@ class AttentionOracle:
             self._sum[:, : row.shape[1]] += row
         self._count += num_rows
 
-    @property
-    def recent_rows(self) -> Tensor:
-        """(M, n): what the draft last attended, up to a factor: the last block's mean row, else the interval's."""
-        return self._sum if self._recent is None else self._recent
+    def attended(self) -> Tensor:
+        """(M, n), up to a factor: what the draft attended last, in the last block or else in the interval."""
+        return self._sum if self.recent_rows is None else self.recent_rows
 
     def interval_saliency(self, length: int) -> Tensor:
         """(L, H_kv, length): mean over the accepted rows since the last refresh, earlier ones halved at each."""
@@ -145,12 +144,12 @@ class AttentionOracle:
 
     def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
-        self._recent = self.block.mean(by_chance)
-        return self.saliency(self._recent[:, :length], reduction)
+        self.recent_rows = self.block.mean(by_chance)
+        return self.saliency(self.recent_rows[:, :length], reduction)
 
     def first_saliency(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): of the coming verify block's first row alone, while the others are still to come."""
-        return self.saliency(self.block.values[:, 0, :length].contiguous(), reduction)
+        return self.saliency(self.block.values[:, 0, :length], reduction)
 
     def row_saliencies(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, q, length): each row of the coming verify block on its own, bit for bit the same in any block.
@@ -158,8 +157,9 @@ class AttentionOracle:
         What enters here may depend on that row and on what is fixed at eviction events, else `selection=query` is not
         exact. So no product spans two rows: its rounding could depend on how many there are.
         """
+        self.recent_rows = self.block.mean(by_chance=False)
         rows = self.block.values[:, :, :length].unbind(dim=1)
-        predictions = [self.saliency(row.contiguous(), reduction) for row in rows]
+        predictions = [self.saliency(row, reduction) for row in rows]
         return torch.stack(predictions, dim=2)
 
     def predict(self, layer: int) -> Tensor:

@@ -42,7 +42,10 @@ class Counters:
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     recall_seconds: float = 0.0  # of moving memory, a part of other phases
-    draft_kv_read: int = 0  # bytes of K and V that the drafting steps had to read
+    # of the drafting steps: bytes of K and V that they had to read, the same for each query of theirs, and the queries
+    draft_kv_read: int = 0
+    draft_kv_attended: int = 0
+    draft_rows: int = 0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -57,6 +60,11 @@ class Counters:
         self.drafted += drafted
         self.accepted += accepted
         self.undrafted += not drafted
+
+    def see_draft(self, nbytes: int, num_rows: int) -> None:
+        self.draft_kv_read += nbytes
+        self.draft_kv_attended += nbytes * num_rows
+        self.draft_rows += num_rows
 
     def see_prefill(self, cache: TieredCache) -> None:
         self.prefill_bytes = max(self.prefill_bytes, cache.nbytes)

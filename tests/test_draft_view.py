@@ -1,5 +1,7 @@
 """Two-speed drafting: steps read a view, and nothing but acceptance may notice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import run_task
@@ -9,7 +11,7 @@ from test_plan import LENGTH, TEXT, TINY, planned
 from specsmallkv.attention import AttentionCall, attend, attention_probabilities, weighted_values
 from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.cache import TieredCache
-from specsmallkv.controller import Controller
+from specsmallkv.controller import Controller, Costs, CostTable, measure
 from specsmallkv.decode import Decoder, full_cache
 from specsmallkv.draft_view import DraftView, is_viewed, most_attended
 from specsmallkv.presets import load_policy
@@ -184,3 +186,59 @@ def test_a_row_of_a_batch_has_the_view_of_its_prompt_alone(target, draft, prompt
         ours = rows[number].sequence
         assert ours.tokens == alone.tokens and ours.counters.accepted == alone.counters.accepted
         assert (ours.view is None) == (alone.view is None) == (number == 1)
+
+
+@pytest.mark.parametrize(("name", "every"), [("full", 1), ("snapkv", 1), ("specsmallkv", 1), ("specsmallkv", 3)])
+def test_a_later_turn_that_outgrows_the_first_ones_room_has_its_view_too(target, draft, prompt, name, every):
+    decoder = Decoder(target, draft, policy_of(name), 3, controller=viewed(oracle_every=every))
+    *_, (_, first) = decoder.generate(prompt, 12)
+    again = [*first.tokens, *prompt[:90]]
+    tokens = [token for round_, _ in decoder.generate(again, 40, continues=first) for token in round_.tokens]
+    assert len(tokens) == 40 and first.view is not None
+    if name != "specsmallkv":  # whose sets follow the blocks
+        plain = Decoder(target, draft, policy_of(name), 3)
+        *_, (_, other) = plain.generate(prompt, 12)
+        expected = plain.generate(again, 40, continues=other)
+        assert tokens == [token for round_, _ in expected for token in round_.tokens]
+
+
+@pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv"])
+def test_measured_rounds_leave_no_trace_in_the_next_view(target, draft, prompt, name):
+    left = []
+    for measures in (False, True):
+        decoder = Decoder(target, draft, policy_of(name), 3, controller=viewed())
+        sequence, logits = decoder.begin(prompt, 60)
+        generator = torch.Generator().manual_seed(0)
+        with torch.inference_mode():
+            decoder.first(sequence, logits, generator)
+            decoder.settle(sequence)
+            decoder.round(sequence, generator, set())
+            if measures:
+                assert measure(decoder, sequence, 3).first >= 0
+            rounds = [decoder.round(sequence, generator, set()) for _ in range(6)]
+        left.append((rounds, sequence.draft.seen, sequence.counters.draft_rows))
+    assert left[0] == left[1]
+
+
+def test_a_first_step_that_reads_all_is_priced_apart():
+    """Else one draft would look as cheap as the mean of three, and win where it loses."""
+    costs = Costs(8192, draft=1.0, read=0.0, verify=(5.0, 5.0, 5.0, 5.0), first=3.0)
+    assert [costs.round(count) for count in range(4)] == [5.0, 9.0, 10.0, 11.0]
+    table = CostTable([costs, replace(costs, context=16384, first=5.0)])
+    assert table.at(12288).first == 4.0
+
+
+def test_what_steps_read_is_counted_as_they_see_it(target, draft, prompt):
+    """Three steps through a view and one over the whole block; K and V of 2 heads of 8 in float32, 2 layers."""
+    decoder = Decoder(target, draft, policy_of("specsmallkv"), 3, controller=viewed())
+    sequence, logits = decoder.begin(prompt, 40)
+    with torch.inference_mode():
+        decoder.first(sequence, logits, torch.Generator())
+        decoder.settle(sequence)
+        decoder.decide(sequence)
+        decoder.draft(sequence, torch.Generator())
+    entry, seen, counters = 2 * 2 * 8 * 4 * 2, len(prompt), sequence.counters
+    shown = [SIZE + step for step in range(3)]
+    assert counters.draft_kv_read == entry * (sum(shown) + seen)
+    assert counters.draft_kv_attended == entry * (sum(shown) + 4 * seen)
+    assert counters.draft_rows == 3 + 4

@@ -141,6 +141,7 @@ def test_prompts_of_a_batch_are_decoded_together_as_each_is_alone(tmp_path):
         assert own["target_kv_bytes_full"] == sum(row["target_kv_bytes_full"] for row in each)
         assert own["draft_kv_bytes"] == sum(row["draft_kv_bytes"] for row in each)
         assert own["kv_bytes_read_per_token"] == pytest.approx(sum(row["kv_bytes_read_per_token"] for row in each) / 3)
+        assert own["operations_per_token"] == pytest.approx(sum(row["operations_per_token"] for row in each) / 3)
         assert own["bytes_per_token"] < sum(row["bytes_per_token"] for row in each) / 3  # weights are shared
     assert row(batch, "transformers")["token_ids"] == row(batch, "full")["token_ids"]
     assert row(batch, "full+draft")["acceptance_length"] == NEW / 3

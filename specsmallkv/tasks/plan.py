@@ -158,8 +158,8 @@ class Plan:
             scratch += oracle.nbytes
             if self.policy.due(context):  # what the head map is fitted on, and what the heads did before
                 scratch += 4 * config.num_hidden_layers * config.num_attention_heads * context
-                looks_ahead = self.policy.every_round and self.policy.selection == "block"
-                scratch += 4 * oracle.block.buffer.shape[0] * capacity * looks_ahead  # the last block's mean row
+                if self.policy.every_round:  # the last block's mean row
+                    scratch += 4 * oracle.block.buffer.shape[0] * capacity
         return scratch + self._view_bytes(capacity, oracle is not None), room
 
     def _view_bytes(self, capacity: int, oracle_reads: bool) -> int:

@@ -68,9 +68,9 @@ def roofline(machine: Machine, run: Run, target: PreTrainedModel, draft: PreTrai
     (count, nbytes), (draft_count, draft_bytes) = linear_size(target), linear_size(draft)
     head_count, head_bytes = linear_size(draft.get_output_embeddings() if draft is not None else None)
     moved = run.passes * nbytes + run.target_kv_read + run.steps * draft_bytes - run.headless * head_bytes
-    computed = 2 * (run.rows * count + run.steps * draft_count - run.headless * head_count)
-    computed += attended(target, run.target_kv_read) * run.rows // max(run.passes, 1)
-    computed += 0 if draft is None else attended(draft, run.draft_kv_read)
+    computed = 2 * (run.rows * count + run.draft_rows * (draft_count - head_count) + run.draft_logits * head_count)
+    computed += attended(target, run.target_kv_attended)
+    computed += 0 if draft is None else attended(draft, run.draft_kv_attended)
     tokens = run.num_tokens
     least = max(
         (moved + run.draft_kv_read) / machine.copy_bytes_per_second, computed / machine.matmul_operations_per_second

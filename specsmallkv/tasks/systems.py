@@ -54,6 +54,13 @@ class Reading:
         if (draft := self.sequence.draft) is not None:
             draft.rollback(draft.seen - len(self.sequence.tokens))
 
+    def release(self) -> None:
+        """Let both caches and what was observed go."""
+        for cache in filter(None, (self.sequence.target, self.sequence.draft)):
+            for layer in cache.layers:
+                layer.reset()
+        self.sequence.evidence.oracle, self.sequence.evidence.queries = None, {}
+
 
 @dataclass
 class Answer:
@@ -159,16 +166,17 @@ def read_once(
     """Both models read the first `border` tokens, nothing is compressed yet; room: tokens that may follow `ids`.
 
     policy: one whose prefill leaves what all systems need (`grid.neediest`). earlier: a reading whose beginning is
-    taken over as far as it is the same, e.g. the examples of a few-shot prompt.
+    taken over as far as it is the same, e.g. the examples of a few-shot prompt; it is released.
     """
     decoder = spec.decoder(policy=policy)
     sequence = decoder.start(ids[:border], len(ids) - border + room)
-    if any(system.decoder.policy.reads_mass for system in systems):
+    sums = any(system.decoder.policy.reads_mass for system in systems)  # over a whole prompt: no part can be taken
+    if sums:
         sequence.evidence.mass = AttentionMass(sequence.target.layers[0].capacity)
-    elif (
-        earlier is not None and not policy.prefill_chunk
-    ):  # attention that was summed over an earlier prompt cannot be taken apart
-        take_beginning(earlier.sequence, sequence, policy.num_observed)
+    if earlier is not None:
+        if not sums:
+            take_beginning(earlier.sequence, sequence, policy.num_observed)
+        earlier.release()
     logits = decoder.prefill(sequence)
     decoder.prefill_draft(sequence)
     return Reading(sequence, logits, ids[border:])

@@ -44,6 +44,10 @@ class Run:
     rows: int = 0
     target_kv_read: int = 0
     draft_kv_read: int = 0
+    target_kv_attended: int = 0  # bytes that each query attended to, summed over queries
+    draft_kv_attended: int = 0
+    draft_rows: int = 0  # that the draft's steps computed, and of how many of them the logits
+    draft_logits: int = 0
     peak_memory_bytes: int | None = None
     rounds: list[Round] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
@@ -117,6 +121,8 @@ class OwnSystem:
         for prompt, sequence in zip(self.prompts, run.sequences, strict=True):
             run.tokens.append(sequence.tokens[len(prompt.base.tokens) :])
             run.draft_kv_read += sequence.counters.draft_kv_read
+            run.draft_kv_attended += sequence.counters.draft_kv_attended
+            run.draft_rows += sequence.counters.draft_rows
             if prompt.base.draft is not None:
                 prompt.base.draft.rollback(prompt.base.draft.seen - len(prompt.base.tokens))
         return run
@@ -138,7 +144,8 @@ class OwnSystem:
         for number, (prompt, sequence) in enumerate(zip(self.prompts, run.sequences, strict=True)):
             generator = torch.Generator(self.decoder.device).manual_seed(0)
             self.decoder.first(sequence, prompt.logits, generator)
-            rows.append(Row(number, Job(prompt.base.tokens, sequence.limit), sequence, generator, 0.0))
+            job = Job(prompt.base.tokens, sequence.limit - len(prompt.base.tokens))
+            rows.append(Row(number, job, sequence, generator, 0.0))
         yield []
         while rows := [row for row in rows if not row.finished]:
             yield list(zip(batch.round(rows), (row.sequence for row in rows), strict=True))
@@ -151,7 +158,9 @@ class OwnSystem:
         for round_, sequence in rounds:
             run.rounds.append(round_)
             run.rows += round_.num_drafted + 1
+            run.draft_logits += round_.num_drafted
             run.target_kv_read += sequence.counters.last_target_bytes
+            run.target_kv_attended += sequence.counters.last_target_bytes * (round_.num_drafted + 1)
 
 
 class StockSystem:
@@ -257,10 +266,15 @@ def only_new_tokens(model: PreTrainedModel, run: Run, cache: DynamicCache) -> It
         run.rows += kwargs["input_ids"].numel()
         return args, kwargs
 
-    def after(*_: Any) -> None:
-        run.target_kv_read += sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nbytes = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+        run.target_kv_read += nbytes
+        run.target_kv_attended += nbytes * kwargs["input_ids"].shape[1]
 
-    handles = (model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after))
+    handles = (
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    )
     try:
         yield
     finally:
@@ -279,11 +293,13 @@ def prefilled(draft: PreTrainedModel, cache: DynamicCache, run: Run) -> Iterator
     def with_cache(*args: Any, **kwargs: Any) -> Any:
         return generate(*args, **{"past_key_values": cache} | kwargs)
 
-    def after(*_: Any) -> None:
-        run.steps += 1
-        run.draft_kv_read += sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nbytes, num_rows = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers), kwargs["input_ids"].shape[1]
+        run.steps, run.draft_logits, run.draft_rows = run.steps + 1, run.draft_logits + 1, run.draft_rows + num_rows
+        run.draft_kv_read += nbytes
+        run.draft_kv_attended += nbytes * num_rows
 
-    draft.generate, handle = with_cache, draft.register_forward_hook(after)
+    draft.generate, handle = with_cache, draft.register_forward_hook(after, with_kwargs=True)
     try:
         yield
     finally:
