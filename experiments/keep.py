@@ -14,18 +14,23 @@ from specsmallkv.records import collect
 LEFT_OUT = {"kept_per_layer", "attention_recall_per_layer", "text", "token_ids", "groups"}
 LEFT_OUT |= {"examples_file", "answer_files", "output", "run_dir", "report", "trace", "git_hash"}
 DIRECTORY = re.compile(r"(?<![\w.:~/-])/(?:[^/\s,\[\]='\"]+/)+")  # of one machine: only what lies in it is told
+LONGEST_NAME = 80
 HERE = Path(__file__).resolve().parent
 
 
 def trimmed(value: Any, inside: bool = False) -> Any:
-    """Five digits are enough for a picture. `text` is left out of the record itself; of a result it is a name."""
+    """Five digits are enough for a picture. Generated texts are left out; the `text` of a result is a file's name."""
     if isinstance(value, dict):
-        return {k: trimmed(v, True) for k, v in value.items() if k not in LEFT_OUT or (inside and k == "text")}
+        return {k: trimmed(v, True) for k, v in value.items() if k not in LEFT_OUT or (inside and is_name(k, v))}
     if isinstance(value, list):
         return [trimmed(item, True) for item in value]
     if isinstance(value, str):
         return DIRECTORY.sub("", value)
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def is_name(key: str, value: Any) -> bool:
+    return key == "text" and isinstance(value, str) and "\n" not in value and len(value) < LONGEST_NAME
 
 
 def main(source: str, name: str) -> None:

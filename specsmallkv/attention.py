@@ -105,7 +105,8 @@ class AttentionMass:
     """Attention that each token has received from all committed queries so far, per layer (H2O's accumulated scores).
 
     sums: per layer, (1, H_kv, capacity) float32 by logical position, mean over the heads of a group. A query counts
-    once, also where it is read again. pending: per layer, the queries of a verify pass, counted when committed.
+    once, also where it is read again. pending: per layer, the queries of a verify pass; those that are committed wait
+    for `count`, since one product for all between two evictions costs little more than one for each.
     per_query_head: every query head's own sums instead, (1, H_q, capacity); for caches that evict nothing.
     """
 
@@ -113,6 +114,7 @@ class AttentionMass:
         self.capacity, self.per_query_head = capacity, per_query_head
         self.sums: dict[int, Tensor] = {}
         self.pending: dict[int, Tensor] = {}
+        self.waiting: dict[int, Tensor] = {}
         self._counted: dict[int, int] = {}
 
     @property
@@ -122,7 +124,7 @@ class AttentionMass:
     def clone(self) -> "AttentionMass":
         other = AttentionMass(self.capacity)
         other.sums = {index: x.clone() for index, x in self.sums.items()}
-        other._counted = dict(self._counted)
+        other._counted, other.waiting = dict(self._counted), dict(self.waiting)
         return other
 
     def grow(self, capacity: int) -> None:
@@ -131,14 +133,14 @@ class AttentionMass:
         self.capacity += missing
         self.sums = {index: F.pad(x, (0, missing)) for index, x in self.sums.items()}
 
-    def add(self, index: int, layer: TieredLayer, query: Tensor, scaling: float, rows: int | None = None) -> None:
-        """Count those of the last queries (1, H_q, q, D) of a layer that are new, `rows` at a time."""
+    def add(self, index: int, layer: TieredLayer, query: Tensor, scaling: float) -> None:
+        """Count those of the last queries (1, H_q, q, D) of a layer that are new."""
         if layer.window is not None:  # outside of the budget
             return
         length, slots = query.shape[2], layer.num_slots
         new = min(length, layer.seen - self._counted.get(index, 0))
         heads = query.shape[1] if self.per_query_head else layer.keys.shape[1]
-        step = rows or max(1, MASS_BLOCK // (query.shape[1] * slots))
+        step = max(1, MASS_BLOCK // (query.shape[1] * slots))
         if index not in self.sums:
             self.sums[index] = torch.zeros((1, heads, self.capacity), device=query.device)
         for first in range(length - new, length, step):
@@ -150,14 +152,21 @@ class AttentionMass:
             self.sums[index].scatter_add_(2, positions, columns)
         self._counted[index] = layer.seen
 
-    def commit(self, layers: list[TieredLayer], scaling: float) -> None:
-        """Count the pending queries that were not rolled back; one by one, so that blocks never matter."""
+    def commit(self, layers: list[TieredLayer]) -> None:
+        """The pending queries that were not rolled back wait to be counted."""
         for index, queries in self.pending.items():
             if layers[index].window is not None:
                 continue
-            accepted = layers[index].seen - self._counted[index]
-            self.add(index, layers[index], queries[:, :, :accepted], scaling, rows=1)
+            earlier = self.waiting.get(index, queries[:, :, :0])
+            accepted = layers[index].seen - self._counted[index] - earlier.shape[2]
+            self.waiting[index] = torch.cat((earlier, queries[:, :, :accepted]), dim=2)
         self.pending = {}
+
+    def count(self, layers: list[TieredLayer], scaling: float) -> None:
+        """Count what waits, before anything is evicted: at lengths that do not depend on how the tokens came."""
+        for index, queries in self.waiting.items():
+            self.add(index, layers[index], queries, scaling)
+        self.waiting = {}
 
 
 @dataclass

@@ -536,7 +536,7 @@ class Decoder:
             oracle.commit(oracle.block.num_rows - rejected)
         sequence.target.rollback(rejected)
         if mass:
-            mass.commit(sequence.target.layers, sequence.evidence.scaling)
+            mass.commit(sequence.target.layers)
         sequence.close_view()
         if sequence.draft is not None:
             sequence.draft.rollback(max(0, sequence.draft.seen - sequence.target.seen))
@@ -547,6 +547,8 @@ class Decoder:
         if not after_prefill and seen % self.policy.evict_block:
             return
         sequence.evicted_at = seen
+        if evidence.mass:
+            evidence.mass.count(sequence.target.layers, evidence.scaling)
         if not self.policy.due(seen):
             return
         self._observe_if_needed(sequence)

@@ -121,11 +121,15 @@ def test_mass_counts_a_query_once_and_never_a_rejected_one():
     layer.update(keys[:, :, 5:8], values[:, :, 5:8])
     attend(layer, 0, query[:, :, 5:8], SCALE, AttentionCall(mass=mass))
     torch.testing.assert_close(mass.sums[0][..., :8], columns(query[:, :, :8], keys[:, :, :8]))
-    layer.update(keys[:, :, 8:], values[:, :, 8:])
-    mass.pending = {0: query[:, :, 8:]}
-    layer.rollback(2)
-    mass.commit([layer], SCALE)
-    torch.testing.assert_close(mass.sums[0][..., :10], columns(query[:, :, :10], keys[:, :, :10]))
+    for first, last in ((8, 11), (10, 12)):  # two passes, the last token of each is rejected
+        layer.update(keys[:, :, first:last], values[:, :, first:last])
+        mass.pending = {0: query[:, :, first:last]}
+        layer.rollback(1)
+        mass.commit([layer])
+    assert layer.seen == 11
+    mass.count([layer], SCALE)
+    mass.count([layer], SCALE)
+    torch.testing.assert_close(mass.sums[0][..., :11], columns(query[:, :, :11], keys[:, :, :11]))
 
 
 def test_mass_of_evicted_tokens_stands_still_and_the_others_grow_where_they_belong():
@@ -137,7 +141,8 @@ def test_mass_of_evicted_tokens_stands_still_and_the_others_grow_where_they_belo
     layer.update(keys[:, :, 9:], values[:, :, 9:])
     mass._counted[0], mass.pending = 9, {0: query}
     mass.sums[0] = torch.zeros(1, H_KV, 12)
-    mass.commit([layer], SCALE)
+    mass.commit([layer])
+    mass.count([layer], SCALE)
     assert (mass.sums[0] > 0).sum(-1).eq(9).all() and mass.sums[0].gather(2, layer.positions).gt(0).all()
     torch.testing.assert_close(mass.sums[0].gather(2, layer.positions), columns(query, layer.keys))
 
