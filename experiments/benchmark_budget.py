@@ -17,7 +17,7 @@ def main() -> None:
     for index, (task, rows) in enumerate(tasks.items()):
         score, agreement = axes[2 * index : 2 * index + 2]
         plotting.draw(score, Measure("accuracy", f"{task}: score, n = {rows[0]['total']}"), rows)
-        plotting.draw(agreement, Measure("same_prefix", f"{task}: tokens before the first difference to full"), rows)
+        plotting.draw(agreement, Measure("same_prefix", f"{task}: first tokens as full's"), rows)
         for panel in (score, agreement):
             panel.set_ylim(-0.03, 1.03)
     axes[0].legend()
