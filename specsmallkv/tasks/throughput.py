@@ -157,7 +157,9 @@ class ThroughputTask:
         if size > 1 and any(name in STOCK for name in self.systems):
             lengths = sorted(set(map(len, prompts)))
             if alone := [name for name in self.systems if name in STOCK[1:]]:
-                raise UserError(f"task.systems={alone[0]} decodes one prompt at a time; leave it out, or batch_size.")
+                raise UserError(
+                    f"task.systems={alone[0]} decodes one prompt at a time; leave it out, or use batch_size=1."
+                )
             if len(lengths) > 1:
                 raise UserError(
                     f"task.systems=transformers needs prompts of one length, not of {lengths[0]} to {lengths[-1]} "
