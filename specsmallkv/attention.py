@@ -52,12 +52,15 @@ class AttentionRows:
     def __init__(self, num_layers: int, num_heads: int, num_rows: int, length: int, device: torch.device):
         self.num_heads, self.first_position = num_heads, 0
         self.buffer = torch.zeros(num_layers * num_heads, num_rows, length, device=device)
-        self.num_rows, self.length = num_rows, length
+        self.num_rows, self.length, self.known = num_rows, length, True
         self.chances = [1.0]
 
-    def start(self, first_position: int, num_rows: int) -> None:
-        """Record the next `num_rows` queries, the first of which stands at `first_position`."""
-        self.first_position, self.num_rows = first_position, num_rows
+    def start(self, first_position: int, num_rows: int, known: bool = True) -> None:
+        """Record the next `num_rows` queries, the first of which stands at `first_position`.
+
+        known: their tokens are, so that one pass records all rows; of drafts it may leave out the last ones.
+        """
+        self.first_position, self.num_rows, self.known = first_position, num_rows, known
         self.length = first_position + num_rows
         self.chances = [1.0]
 
@@ -74,13 +77,14 @@ class AttentionRows:
     def values(self) -> Tensor:
         return self.buffer[:, : self.num_rows, : self.length]
 
-    def mean(self, by_chance: bool) -> Tensor:
-        """(M, N): mean over the rows, by the chance that their queries come to be (known tokens: plain)."""
-        if not by_chance or len(self.chances) != self.num_rows:
-            return self.values.mean(dim=1)
-        rows, total = self.values.unbind(dim=1), sum(self.chances)
-        mean = rows[0] * (self.chances[0] / total)
-        for row, chance in zip(rows[1:], self.chances[1:], strict=True):
+    def mean(self, by_chance: bool, num_rows: int) -> Tensor:
+        """(M, N): mean over the first `num_rows`, by the chance that their queries come to be (known ones: plain)."""
+        if not by_chance or len(self.chances) < num_rows:
+            return self.values[:, :num_rows].mean(dim=1)
+        chances = self.chances[:num_rows]
+        rows, total = self.values[:, :num_rows].unbind(dim=1), sum(chances)
+        mean = rows[0] * (chances[0] / total)
+        for row, chance in zip(rows[1:], chances[1:], strict=True):
             mean.add_(row, alpha=chance / total)
         return mean
 

@@ -41,14 +41,14 @@ class Row:
     stopped: bool = False
     # the present round: what it drafts with which distributions, and what the draft reads next
     num_drafts: int = 0
-    num_steps: int = 0
+    reads_again: bool = False
     drafts: list[int] = field(default_factory=list)
     probabilities: list[Tensor | None] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
 
-    def begin(self, num_drafts: int, num_steps: int) -> None:
+    def begin(self, num_drafts: int, reads_again: bool) -> None:
         """A new round: the draft has yet to read one token, or two after a block that was accepted whole."""
-        self.num_drafts, self.num_steps, self.drafts, self.probabilities = num_drafts, num_steps, [], []
+        self.num_drafts, self.reads_again, self.drafts, self.probabilities = num_drafts, reads_again, [], []
         self.pending = self.sequence.tokens[self.sequence.draft.seen :] if self.sequence.draft else []
 
     def take(self, draft: int, distribution: Tensor | None) -> None:
@@ -145,6 +145,6 @@ class BatchDecoder:
                 if step == 0:
                     decoder.view_rest(row.sequence, row.num_drafts)
             step += 1
-        if last := [row for row in rows if row.num_steps > row.num_drafts]:  # rows of attention alone are wanted
+        if last := [row for row in rows if row.reads_again]:  # rows of attention alone are wanted
             tokens = [decoder.unread(row.sequence, row.drafts) for row in last]
             decoder.draft_group([row.sequence for row in last], tokens, "none")

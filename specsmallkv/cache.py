@@ -227,8 +227,6 @@ class TieredLayer(CacheLayerMixin):
 
     def narrow(self, count: int) -> None:
         """Only the first `count` queries of the verify block that was planned will be read."""
-        if self.tail_term is not None:
-            self.tail_term = self.tail_term.narrow(count)
         if self.marginal_weights is not None:
             self.marginal_weights = self.marginal_weights[:, :, :count]
         if self.row_mask is not None:
@@ -253,22 +251,24 @@ class TieredLayer(CacheLayerMixin):
         q queries of the coming verify pass reads; only with it may a head repeat its first index, as padding.
         room: tokens that will be appended before the next call.
         """
-        positions = self.candidates(tail_start).positions
         tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
         tail_k, tail_v = self.k[:, :, tail].clone(), self.v[:, :, tail].clone()
-        if self.residency == "offload":
+        if self.residency == "offload":  # candidates are all positions: an index is a position
+            positions = critical, marginal
             self._flush(tail_start)
-            kept_k, kept_v = self._recall(critical)
+            kept_k, kept_v = self._recall(critical, padded=row_mask is not None)
             marginal_v = select(self.store_v, marginal).to(self.v.device)
         else:
+            candidates = self.candidates(tail_start).positions
+            positions = candidates.gather(2, critical), candidates.gather(2, marginal)
             kept_k, kept_v = select(self.k, critical), select(self.v, critical)
             marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
         kept, length = critical.shape[2], critical.shape[2] + tail_k.shape[2]
         self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
         self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
         self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
-        self.kept_positions, self.tail_start = positions.gather(2, critical), tail_start
-        self.marginal_v, self.marginal_positions = marginal_v, positions.gather(2, marginal)
+        (self.kept_positions, self.marginal_positions), self.tail_start = positions, tail_start
+        self.marginal_v = marginal_v
         self.marginal_weights = self.tail_term = None
         self.row_mask = row_mask
 
@@ -289,6 +289,8 @@ class TieredLayer(CacheLayerMixin):
             if self.shares_memory is None:
                 self.shares_memory = self.store_k.device == self.k.device
             return
+        if tail_start == self.tail_start:
+            return
         old, new = self.num_kept, self.num_kept + tail_start - self.tail_start
         self.store_k[:, :, self.tail_start : tail_start] = self.k[:, :, old:new].to(self.host)
         self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
@@ -299,11 +301,14 @@ class TieredLayer(CacheLayerMixin):
         self.sent, self.sent_nbytes = arrive, positions.numel() * self.entry_bytes
         self.recall_bytes += self.sent_nbytes
 
-    def _recall(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves."""
+    def _recall(self, wanted: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves.
+
+        padded: a head may repeat its first position.
+        """
         slot, resident = slots_of(self.positions, wanted)
-        padding = F.pad(wanted.diff(dim=2) == 0, (1, 0)) if wanted.shape[2] else resident
-        self.num_new = int((~(resident | padding)).sum())
+        padding = F.pad(wanted.diff(dim=2) == 0, (1, 0)) if padded and wanted.shape[2] else torch.zeros_like(resident)
+        self.num_new = wanted.numel() - int((resident | padding).sum())
         if self.shares_memory:
             self.recall_bytes += self.num_new * self.entry_bytes
             return select(self.store_k, wanted), select(self.store_v, wanted)

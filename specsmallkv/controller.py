@@ -124,9 +124,7 @@ def load_cost_table(source: str) -> CostTable:
         costs = [
             Costs(x["context"], x["draft"], x["read"], tuple(map(float, x["verify"])), x.get("first", 0)) for x in rows
         ]
-        if not costs or any(
-            len(row.verify) < 2 or min(row.draft, row.read, row.first, *row.verify) < 0 for row in costs
-        ):
+        if not costs or any(len(row.verify) < 2 or min(row.draft, row.read, *row.verify) < 0 for row in costs):
             raise ValueError("it has no costs")
     except OSError as error:
         raise UserError(f"speculation.cost_table={source} cannot be read ({error.strerror}); {remedy}.") from error
@@ -186,6 +184,7 @@ class Controller:
         chooses = policy.every_round and policy.selection == "block" and not policy.reads_target
         optional = chooses and history.read_at == sequence.evicted_at and policy.due(sequence.evicted_at)
         reads = not optional or history.unread + 1 >= (every or self.oracle_every)
+        reads = reads and not decoder.reads_later(sequence)
         history.unread, history.read_at = 0 if reads else history.unread + 1, sequence.evicted_at
         sequence.decision = Decision(count, reads, self.view_size)
 
@@ -231,7 +230,7 @@ def measure(decoder: "Decoder", sequence: "Sequence", most: int) -> Costs:
     drafting = {count: seconds[count]["draft"] - seconds[0]["draft"] for count in seconds}
     step = max(0.0, (drafting[most] - drafting[1]) / (most - 1) if most > 1 else drafting[1])
     read = seconds[0]["draft"] + min(own["plan"] for own in seconds.values())
-    return Costs(sequence.target.seen, step, read, verify, max(0.0, drafting[1] - step))
+    return Costs(sequence.target.seen, step, read, verify, drafting[1] - step)
 
 
 def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str, float]:

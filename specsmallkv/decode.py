@@ -26,18 +26,18 @@ from .attention import (
     use_tiered_attention,
 )
 from .cache import CacheGroup, TieredCache
-from .controller import Controller
+from .controller import Controller, Decision
 from .draft_view import DraftView, is_viewed
 from .errors import UserError
 from .matching import HeadMap, Prior, marginal_weights
 from .oracle import AttentionOracle
-from .policies import Evidence, Policy
-from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget
+from .policies import Evidence, Plan, Policy
+from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget, summed_rows
 from .recall import recall_ahead
 from .sampling import Sampler
 from .sequence import Counters, Round, Sequence
 from .speculation import accept, match_vocabulary, propose
-from .tail_term import BELIEVED_SIMILARITY, tail_term
+from .tail_term import BELIEVED_SIMILARITY, tail_terms
 
 OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
@@ -194,7 +194,7 @@ class Decoder:
         sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
         if own is not None and oracle is not None and oracle.head_map is not None:
             if queries[0].shape[2] == window and oracle.num_sinks == self.policy.num_sink_tokens:
-                own = oracle.share(self.policy.matching, own.prior)
+                own = oracle.share(self.policy.matching, own.prior, self.policy.lookahead)
             else:
                 own.block = oracle.block
                 self._observe_end(base, own, sequence.evidence.queries)
@@ -280,6 +280,7 @@ class Decoder:
         the target. Static policies evict at the same lengths, so for them the cuts between blocks change nothing.
         """
         self.settle(sequence)
+        self.catch_up(sequence)
         with sequence.counters.timed("extend"):
             if not self.policy.evicts:
                 return self._extend_full(sequence, tokens)
@@ -324,15 +325,35 @@ class Decoder:
             self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
 
     def decide(self, sequence: Sequence) -> None:
-        """What the coming round does, if there is a controller."""
+        """What the coming round does, if it is not what the decoder is set to."""
         if self.controller is not None:
             self.controller.decide(self, sequence)
+        elif self.reads_later(sequence):
+            sequence.decision = Decision(0, reads=False)
+
+    def reads_later(self, sequence: Sequence) -> bool:
+        """Whether the draft can wait: its rows only count at the next eviction, and nobody wants its drafts."""
+        oracle, draft = sequence.evidence.oracle, sequence.draft
+        if oracle is None or draft is None or self.num_draft_tokens or self.policy.every_round:
+            return False
+        return len(draft.budgeted) == len(draft.layers) and not self.policy.compensates(sequence.evidence)
+
+    def catch_up(self, sequence: Sequence) -> None:
+        """The draft reads, in one pass, the committed tokens it waited with; their rows count as accepted ones."""
+        draft, oracle = sequence.draft, sequence.evidence.oracle
+        if draft is None or oracle is None or self.policy.every_round:
+            return
+        unread = sequence.tokens[draft.seen : sequence.target.seen]
+        for start in range(0, len(unread), PREFILL_CHUNK):
+            chunk = unread[start : start + PREFILL_CHUNK]
+            sequence.counters.see_draft(draft.held_nbytes, len(chunk))
+            oracle.add(summed_rows(self, draft, chunk), len(chunk))
 
     def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
         drafts: list[int] = []
         probabilities: list[Tensor | None] = []
-        count, steps = self.begin_draft(sequence)
+        count, reads_again = self.begin_draft(sequence)
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count):
             call = self.draft_call(sequence, len(pending))
@@ -344,7 +365,7 @@ class Decoder:
             drafts.append(token)
             probabilities.append(distribution)
             pending = [token]
-        if steps > count:  # rows alone are wanted
+        if reads_again:  # rows alone are wanted
             tokens = self.unread(sequence, drafts)
             call = self.draft_call(sequence, len(tokens))
             self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
@@ -352,9 +373,10 @@ class Decoder:
 
     def unread(self, sequence: Sequence, drafts: list[int]) -> list[int]:
         """What the draft has yet to read of a block with its whole cache: the last draft, or what a view showed it."""
-        assert sequence.draft is not None
+        assert sequence.draft is not None and sequence.reading is not None
         sequence.close_view()
-        return (sequence.tokens + drafts)[sequence.draft.seen :]
+        end = len(sequence.tokens) - 1 + sequence.reading.num_rows
+        return (sequence.tokens + drafts)[sequence.draft.seen : end]
 
     def recall_ahead(self, sequence: Sequence) -> None:
         """Between a block's first row and the others: what that row asks for leaves the host store already."""
@@ -363,17 +385,18 @@ class Decoder:
         if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
             recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))
 
-    def begin_draft(self, sequence: Sequence) -> tuple[int, int]:
-        """How many drafts this round takes, and how many steps: one more if the last draft's row is read."""
+    def begin_draft(self, sequence: Sequence) -> tuple[int, bool]:
+        """How many drafts this round takes, and whether the draft reads once more for rows that no step records."""
         count, oracle = self._num_drafts(sequence), sequence.reading
         if oracle is not None:
-            self._begin_view(sequence, oracle, count)
-            oracle.block.start(sequence.target.seen, count + 1)
-            return count, count + 1
+            oracle.block.start(sequence.target.seen, count + 1, known=False)
+            if oracle.num_rows > 1:
+                self._begin_view(sequence, oracle, count)
+            return count, oracle.num_rows > count or sequence.in_view
         if self._has_view(sequence, count - 1):
             sequence.last_row = sequence.last_row or self._last_row(sequence)
             sequence.last_row.start(len(sequence.tokens) - 1, 1)
-        return count, count
+        return count, False
 
     def _begin_view(self, sequence: Sequence, oracle: AttentionOracle, count: int) -> None:
         """With rows of the last block all steps can use a view, unless the draft has fallen behind."""
@@ -395,6 +418,8 @@ class Decoder:
             sequence.counters.see_draft(view.shown_nbytes, num_tokens)
             return AttentionCall(self.attention, view=view)
         sequence.counters.see_draft(draft.held_nbytes, num_tokens)
+        if oracle is not None and draft.seen >= sequence.target.seen + oracle.num_rows:
+            return AttentionCall(self.attention)
         return AttentionCall(self.attention, rows=oracle.block if oracle else sequence.watched_row)
 
     def _has_view(self, sequence: Sequence, steps: int) -> bool:
@@ -551,6 +576,7 @@ class Decoder:
             evidence.mass.count(sequence.target.layers, evidence.scaling)
         if not self.policy.due(seen):
             return
+        self.catch_up(sequence)
         self._observe_if_needed(sequence)
         if self.policy.every_round:
             return  # moves memory in `plan`, with the next block's rows
@@ -645,39 +671,40 @@ class Decoder:
     def _retain(self, sequence: Sequence, room: int = 0) -> None:
         """room: tokens that are appended before the next call, if more than what one verify block needs."""
         layers = sequence.target.budgeted
-        evidence = {device: evidence_on(device, sequence.evidence) for device in {layer.k.device for layer in layers}}
-        plans = [
-            self.policy.plan(index, layer, evidence[layer.k.device], sequence.evicted_at)
-            for index, layer in zip(self.budgeted, layers, strict=True)
-        ]
+        plans: dict[int, Plan] = {}
+        for device in {layer.k.device for layer in layers}:
+            own = {i: sequence.target.layers[i] for i in self.budgeted if sequence.target.layers[i].k.device == device}
+            evidence = evidence_on(device, sequence.evidence)
+            plans |= zip(own, self.policy.plan_layers(own, evidence, sequence.evicted_at), strict=True)
         start = time.perf_counter()
         for layer in sequence.target.layers:
             if layer.window is not None:
                 layer.slide(self._waiting)
-        for layer, plan in zip(layers, plans, strict=True):
-            layer.retain(*plan, room=room)
+        for index, plan in plans.items():
+            sequence.target.layers[index].retain(*plan, room=room)
         sequence.counters.recall_seconds += time.perf_counter() - start
         kept = sum(layer.kept_positions.numel() for layer in layers)
         sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
 
     def _set_tail_terms(self, sequence: Sequence, oracle: AttentionOracle) -> None:
-        policy, saliency = self.policy, sequence.evidence.saliency
-        assert saliency is not None and oracle.head_map is not None, "planned before"
-        believed = oracle.believed_heads(BELIEVED_SIMILARITY)
-        believed_layers = believed.any(dim=1).tolist()
-        for index, predicted in enumerate(oracle.predictions()):
-            if not believed_layers[index] or self.windows[index] is not None:
-                continue  # `retain` left it without a term
-            layer = sequence.target.layers[index]
-            device = layer.k.device
-            layer.tail_term = tail_term(
-                predicted.to(device),
-                saliency[index].to(device),
-                layer,
-                policy.num_sink_tokens,
-                (policy.tail_factor * believed[index]).to(device),
-                policy.tail_pool,
-            )
+        """Of the layers with a head that is believed; `retain` left the others without a term."""
+        believed, first = oracle.believed_heads(BELIEVED_SIMILARITY), 0
+        concerned = believed.any(dim=1).tolist()
+        for predicted in oracle.mean_predictions():
+            indices = [i for i in range(first, first + len(predicted)) if concerned[i] and self.windows[i] is None]
+            for device in {sequence.target.layers[i].k.device for i in indices}:
+                own = [i for i in indices if sequence.target.layers[i].k.device == device]
+                self._set_terms(sequence, own, predicted[[i - first for i in own]], believed[own])
+            first += len(predicted)
+
+    def _set_terms(self, sequence: Sequence, indices: list[int], predicted: Tensor, believed: Tensor) -> None:
+        policy, saliency, layers = self.policy, sequence.evidence.saliency, sequence.target.layers
+        assert saliency is not None, "planned before"
+        own, device = [layers[index] for index in indices], layers[indices[0]].k.device
+        ranks, factor = saliency[indices].to(device), (policy.tail_factor * believed).to(device)
+        terms = tail_terms(predicted.to(device), ranks, own, policy.num_sink_tokens, factor, policy.tail_pool)
+        for layer, term in zip(own, terms, strict=True):
+            layer.tail_term = term
 
     def _rows(self, num_rows: int, length: int) -> AttentionRows:
         assert self.draft_model is not None
@@ -692,7 +719,7 @@ class Decoder:
         rows = self._rows(num_rows, capacity)
         saved = self.head_map
         prior = Prior(saved, self.policy.map_rows) if saved is not None and self.policy.map_rows else None
-        return AttentionOracle(rows, self.target.config.num_key_value_heads, prior)
+        return AttentionOracle(rows, self.target.config.num_key_value_heads, prior, self.policy.lookahead)
 
     def _feed(
         self, model: PreTrainedModel, cache: TieredCache, tokens: list[int], mass: AttentionMass | None = None

@@ -67,7 +67,7 @@ class HeadMap:
         return predicted
 
     def predictions(self, rows: Tensor, history: Tensor | None = None) -> Iterator[Tensor]:
-        """`predict` of every layer in turn; history (L, H_q, N or fewer).
+        """`predict` of all layers in turn, some at a time: (n, H_q, T, N); history (L, H_q, N or fewer).
 
         Layers share a product, which is several times faster than one each, as far as AT_ONCE allows.
         """
@@ -80,7 +80,7 @@ class HeadMap:
                 own = self.history_weights[start : start + count]
                 for layer, head in own.nonzero().tolist():  # few; all others would be read and written for nothing
                     predicted[layer, head, :, : history.shape[-1]] += own[layer, head] * history[start + layer, head]
-            yield from predicted
+            yield predicted
 
     def _mixer(self, start: int, end: int) -> Mixer:
         if (start, end) not in self._mixers:
@@ -91,12 +91,12 @@ class HeadMap:
         self, mean_rows: Tensor, num_kv_heads: int, reduction: str = "mean", history: Tensor | None = None
     ) -> Tensor:
         """Predictions of row means (M, N), reduced over each group's heads: (L, H_kv, N); history (L, H_q, n)."""
-        layers = []
         past = None if history is None else history[:, :, : mean_rows.shape[1]]
+        parts = []
         for predicted in self.predictions(mean_rows.unsqueeze(1), past):
-            heads = predicted.squeeze(1).unflatten(0, (num_kv_heads, -1))
-            layers.append(heads.mean(dim=1) if reduction == "mean" else heads.amax(dim=1))
-        return torch.stack(layers)
+            heads = predicted.squeeze(2).unflatten(1, (num_kv_heads, -1))
+            parts.append(heads.mean(dim=2) if reduction == "mean" else heads.amax(dim=2))
+        return torch.cat(parts)
 
 
 class Prior(NamedTuple):

@@ -6,6 +6,7 @@ Rejected rows never enter the sum, so there is nothing to roll back but the bloc
 """
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from torch import Tensor
 from .attention import AttentionRows, attention_probabilities, window_mask
 from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
+
+LOOKAHEADS = ("block", "drafted", "first")
+
+
+def rows_ahead(lookahead: str, block: int) -> int:
+    """How many rows of a verify block of so many tokens are read: all, those of drafting steps, or the first one.
+
+    The last draft's row is no drafting step's: it takes one more.
+    """
+    return {"block": block, "drafted": max(block - 1, 1), "first": 1}[lookahead]
 
 
 def is_trusted(similarity: float) -> bool:
@@ -23,11 +34,11 @@ def is_trusted(similarity: float) -> bool:
 class AttentionOracle:
     """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity).
 
-    prior: a saved head map, if there is one.
+    prior: a saved head map, if there is one. lookahead: which rows of a block decide, one of LOOKAHEADS.
     """
 
-    def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None):
-        self.block, self.num_kv_heads, self.prior = block, num_kv_heads, prior
+    def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None, lookahead: str = "block"):
+        self.block, self.num_kv_heads, self.prior, self.lookahead = block, num_kv_heads, prior, lookahead
         self.head_map: HeadMap | None = None
         self.similarity = 1.0  # as `HeadMap.mean_similarity`, once there is a map
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
@@ -46,6 +57,16 @@ class AttentionOracle:
     def trusted(self) -> bool:
         """Whether the draft tells enough to be asked at all; if not, `snapkv` chooses."""
         return is_trusted(self.similarity)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the block, how many decide; of known tokens all, which one pass of the draft reads anyway."""
+        return self.block.num_rows if self.block.known else rows_ahead(self.lookahead, self.block.num_rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """(M, `num_rows`, N) of the block."""
+        return self.block.values[:, : self.num_rows]
 
     @property
     def num_sinks(self) -> int:
@@ -91,10 +112,10 @@ class AttentionOracle:
     def _take(self, head_map: HeadMap) -> None:
         self.head_map, self.similarity = head_map, head_map.mean_similarity
 
-    def share(self, method: str, prior: Prior | None = None) -> "AttentionOracle":
+    def share(self, method: str, prior: Prior | None = None, lookahead: str = "block") -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""
         assert self._fit is not None, "fit before sharing"
-        other = AttentionOracle(self.block, self.num_kv_heads, prior)
+        other = AttentionOracle(self.block, self.num_kv_heads, prior, lookahead)
         other._fit = self._fit
         other._take(self._fit.solve(method, prior))
         other.history = self.history
@@ -120,9 +141,10 @@ class AttentionOracle:
 
     def commit(self, num_rows: int) -> None:
         """Add the block's first `num_rows` rows, whose queries were accepted; one by one, so order never matters."""
-        for row in self.block.values[:, :num_rows].unbind(1):
+        rows = self.rows[:, :num_rows].unbind(1)
+        for row in rows:
             self._sum[:, : row.shape[1]] += row
-        self._count += num_rows
+        self._count += len(rows)
 
     def attended(self) -> Tensor:
         """(M, n), up to a factor: what the draft attended last, in the last block or else in the interval."""
@@ -144,7 +166,7 @@ class AttentionOracle:
 
     def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
-        self.recent_rows = self.block.mean(by_chance)
+        self.recent_rows = self.block.mean(by_chance, self.num_rows)
         return self.saliency(self.recent_rows[:, :length], reduction)
 
     def first_saliency(self, length: int, reduction: str = "mean") -> Tensor:
@@ -157,7 +179,7 @@ class AttentionOracle:
         What enters here may depend on that row and on what is fixed at eviction events, else `selection=query` is not
         exact. So no product spans two rows: its rounding could depend on how many there are.
         """
-        self.recent_rows = self.block.mean(by_chance=False)
+        self.recent_rows = self.block.mean(False, self.num_rows)
         rows = self.block.values[:, :, :length].unbind(dim=1)
         predictions = [self.saliency(row, reduction) for row in rows]
         return torch.stack(predictions, dim=2)
@@ -165,9 +187,14 @@ class AttentionOracle:
     def predict(self, layer: int) -> Tensor:
         """(H_q, q, N): predicted rows of the coming verify block."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.predict(layer, self.block.values, None if self.history is None else self.history[layer])
+        return self.head_map.predict(layer, self.rows, None if self.history is None else self.history[layer])
 
     def predictions(self) -> Iterator[Tensor]:
         """`predict` of every target layer in turn, in few products."""
         assert self.head_map is not None, "the head map is fitted before anybody asks"
-        return self.head_map.predictions(self.block.values, self.history)
+        return chain.from_iterable(self.head_map.predictions(self.rows, self.history))
+
+    def mean_predictions(self) -> Iterator[Tensor]:
+        """Of all target layers in turn, some at a time: the row (n, H_q, N) that chose for the coming verify block."""
+        assert self.head_map is not None and self.recent_rows is not None, "saliency was asked for before"
+        return (x.squeeze(2) for x in self.head_map.predictions(self.recent_rows.unsqueeze(1), self.history))

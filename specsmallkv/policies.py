@@ -17,7 +17,7 @@ from .attention import AttentionMass, attention_probabilities
 from .cache import RESIDENCIES, Candidates, TieredLayer, slots_of
 from .errors import UserError
 from .matching import METHODS, REDUCTIONS
-from .oracle import AttentionOracle
+from .oracle import LOOKAHEADS, AttentionOracle
 
 
 @dataclass
@@ -105,6 +105,7 @@ class Policy(ABC):
     map_rows = 0.0  # rows of the observation window that a saved head map counts as
     group_reduction = "mean"  # of predictions over the query heads that share keys
     weigh_rows = False  # rows of a verify block count by the chance that they are accepted
+    lookahead = "block"  # which of the draft's rows of a verify block are read: `oracle.LOOKAHEADS`
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     compensation = "none"
@@ -149,6 +150,10 @@ class Policy(ABC):
     @property
     def reads_mass(self) -> bool:
         return self.uses_mass and self.evicts
+
+    def compensates(self, evidence: Evidence) -> bool:
+        """Whether verify passes may add marginal values, by the draft's rows for their own queries."""
+        return False
 
     def layer_shares(self, num_layers: int) -> list[float]:
         """What each layer gets of the budget, relative to the others; not negative."""
@@ -209,6 +214,12 @@ class Policy(ABC):
         marginal = rest.topk(min(sizes.marginal, rest.shape[-1] - count), dim=-1).indices
         order = candidates.positions.gather(-1, marginal).argsort(dim=-1)
         return Plan(critical, marginal.gather(-1, order), tail_start)
+
+    def plan_layers(
+        self, layers: dict[int, TieredLayer], evidence: Evidence, evicted_at: int | None = None
+    ) -> list[Plan]:
+        """`plan` of several target layers on one device."""
+        return [self.plan(index, layer, evidence, evicted_at) for index, layer in layers.items()]
 
 
 @dataclass(kw_only=True)
@@ -389,6 +400,10 @@ class SmallKV(DraftPolicy):
     def uses_mass(self) -> bool:  # type: ignore[override]
         return self.own_share > 0
 
+    def compensates(self, evidence: Evidence) -> bool:
+        odds = self.marginal_share > 0 and self.compensation != "none"
+        return odds and evidence.trusts_odds(self.marginal_similarity)
+
     def predicted_score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         by_draft = super().predicted_score(index, layer, candidates, evidence)
         if not self.uses_mass:
@@ -465,8 +480,9 @@ class Lookahead(DraftPolicy):
 
     selection: "block", one set per verify block, exactly within the budget; "query", one set within the budget for
     each query, from its own row alone, so that what a query reads does not depend on blocks; their union is held.
-    weigh_rows: rows of the block count by the chance
-    that the draft gives them (block only). group_reduction: over the query heads that share keys, "max" or "mean".
+    weigh_rows: rows of the block count by the chance that the draft gives them (block only). lookahead: which of them
+    are read, all ("block") or, under selection=block, those of drafting steps ("drafted") or the first one ("first").
+    group_reduction: over the query heads that share keys, "max" or "mean".
     tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
     many evicted tokens, as a multiple of the kept, are pooled by the draft's weights (`tail_term.py`; block only).
     """
@@ -476,6 +492,7 @@ class Lookahead(DraftPolicy):
     window_size: int = 8
     weigh_rows: bool = True
     group_reduction: str = "max"
+    lookahead: str = "block"
     tail_factor: float = 0.5
     tail_pool: float = 2.0
     every_round = True
@@ -484,6 +501,12 @@ class Lookahead(DraftPolicy):
         super().__post_init__()
         self._one_of("selection", SELECTIONS)
         self._one_of("group_reduction", REDUCTIONS)
+        self._one_of("lookahead", LOOKAHEADS)
+        if self.selection == "query" and self.lookahead != "block":
+            raise UserError(
+                f"policy.lookahead={self.lookahead} leaves queries without a row, which policy.selection=query gives "
+                "a set each; use policy.lookahead=block."
+            )
         for key in ("tail_factor", "tail_pool"):
             if getattr(self, key) < 0:
                 raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")
@@ -497,3 +520,17 @@ class Lookahead(DraftPolicy):
         plans = [choose(index, layer, replace(evidence, saliency=row), evicted_at) for row in rows]
         union, row_mask = union_of([plan.critical for plan in plans], plans[0].tail_start)
         return plans[0]._replace(critical=union, row_mask=row_mask)
+
+    def plan_layers(
+        self, layers: dict[int, TieredLayer], evidence: Evidence, evicted_at: int | None = None
+    ) -> list[Plan]:
+        """All at once where the draft chooses for a block: the layers then rank the same positions for equal sizes."""
+        if self.selection == "query" or not evidence.trusts_draft or evicted_at is None:
+            return super().plan_layers(layers, evidence, evicted_at)
+        assert evidence.saliency is not None, "saliency is filled before planning"
+        tail_start = evicted_at - min(self.window_size, evicted_at)
+        scores = evidence.saliency[list(layers), :, :tail_start].clone()
+        scores[..., : self.num_sink_tokens] = torch.inf
+        count = min(self.tiers(evicted_at).critical - (evicted_at - tail_start), tail_start)
+        critical = scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+        return [Plan(own, own[..., :0], tail_start) for own in critical.split(1)]

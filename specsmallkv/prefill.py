@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionCall, AttentionMass, AttentionRows
+from .cache import TieredCache
 from .errors import UserError
 from .matching import HeadMap
 from .oracle import AttentionOracle, is_trusted
@@ -115,11 +116,7 @@ def read_ahead(decoder: "Decoder", sequence: "Sequence", chunks: list[list[int]]
     """
     model, draft, oracle = decoder.draft_model, sequence.draft, sequence.evidence.oracle
     assert model is not None and draft is not None and oracle is not None and decoder.head_map is not None
-    sums = []
-    for chunk in chunks:
-        mass = AttentionMass(draft.seen + len(chunk), per_query_head=True)
-        decoder.forward(model, draft, chunk, AttentionCall(decoder.attention, mass=mass), num_logits=0)
-        sums.append(torch.cat([mass.sums[index] for index in range(len(draft.layers))], dim=1)[0])
+    sums = [summed_rows(decoder, draft, chunk) for chunk in chunks]
     end, config = sequence.tokens[-INTERVAL:], model.config
     draft.rollback(len(end))
     length = draft.seen + len(end)
@@ -128,6 +125,13 @@ def read_ahead(decoder: "Decoder", sequence: "Sequence", chunks: list[list[int]]
     decoder.forward(model, draft, end, AttentionCall(decoder.attention, rows=rows), num_logits=0)
     oracle.adopt(decoder.head_map, getattr(decoder.policy, "matching", "mixture"), rows.values)
     return sums
+
+
+def summed_rows(decoder: "Decoder", draft: TieredCache, tokens: list[int]) -> Tensor:
+    """The draft reads tokens in one pass: the sum (M, N) of their rows, which never exist all at once."""
+    mass = AttentionMass(draft.seen + len(tokens), per_query_head=True)
+    decoder.forward(decoder.draft_model, draft, tokens, AttentionCall(decoder.attention, mass=mass), num_logits=0)
+    return torch.cat([mass.sums[index] for index in range(len(draft.layers))], dim=1)[0]
 
 
 def wanted(

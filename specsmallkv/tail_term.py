@@ -4,8 +4,10 @@
 
 with s the share of the target's own attention on L that is not on the sinks (the head map is fitted without their
 columns, so odds are taken against the rest of L). Two remainders: the evicted tokens that rank next, whose values the
-host pools with the draft's weights, and all others, whose plain mean value stands for them. Only the two pooled
-vectors of each query reach the device. This file does not know who chose L.
+host pools with the draft's weights, and all others, whose plain mean value stands for them. Odds and values are those
+of the row that chose, the mean over a verify block's, and serve all of its queries: with a row for each the KL was the
+same (experiments/LOG.md, 2026-11-26). Only two pooled vectors of each head reach the device. This file does not know
+who chose L.
 """
 
 from dataclasses import dataclass
@@ -20,52 +22,59 @@ BELIEVED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds ar
 
 @dataclass
 class TailTerm:
-    """odds (1, H_q, q, 2) against L without the sinks, factor included; values (1, H_q, q, 2, D); num_sinks in L."""
+    """odds (1, H_q, 1, 2) against L without the sinks, factor included; values (1, H_q, 2, D); num_sinks in L."""
 
     odds: Tensor
     values: Tensor
     num_sinks: int
 
-    def narrow(self, count: int) -> "TailTerm":
-        """Of the first `count` queries."""
-        return TailTerm(self.odds[:, :, :count], self.values[:, :, :count], self.num_sinks)
-
     def add(self, output: Tensor, probabilities: Tensor) -> Tensor:
         """output (1, H_q, q, D) of attention over L, probabilities (1, H_q, q, n) of its slots, sinks first."""
         beside_sinks = 1 - probabilities[..., : self.num_sinks].sum(dim=-1, keepdim=True)
         odds = self.odds * beside_sinks
-        added = (odds.unsqueeze(-1) * self.values).sum(dim=-2)
-        return ((output.float() + added) / (1 + odds.sum(dim=-1, keepdim=True))).to(output.dtype)
+        return ((output.float() + odds @ self.values) / (1 + odds.sum(dim=-1, keepdim=True))).to(output.dtype)
 
 
-def tail_term(
-    predicted: Tensor, saliency: Tensor, layer: TieredLayer, num_sinks: int, factor: Tensor, pool: float
-) -> TailTerm | None:
-    """The tail term of one layer for the coming verify block, None where nothing is evicted.
+def tail_terms(
+    predicted: Tensor, saliency: Tensor, layers: list[TieredLayer], num_sinks: int, factor: Tensor, pool: float
+) -> list[TailTerm | None]:
+    """The tail terms of layers on one device whose tails begin alike and which keep as many; None: nothing is evicted.
 
-    predicted (H_q, q, N): rows of the block; saliency (H_kv, >= tail_start) ranks; factor (H_q,): share of
+    predicted (L, H_q, N): the row that chose; saliency (L, H_kv, >= tail_start) ranks; factor (L, H_q): share of
     each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept.
     """
-    rows = predicted.unflatten(0, (saliency.shape[0], -1))  # (H_kv, group, q, N)
-    kept = layer.kept_positions[0]
-    evicted = torch.ones(kept.shape[0], layer.tail_start, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
-    count = layer.tail_start - kept.shape[1]
-    if count <= 0:
-        return None
-    held = rows.gather(-1, kept[:, None, None].expand(*rows.shape[:3], -1)).sum(dim=-1)
-    held += rows[..., layer.tail_start :].sum(dim=-1)
-    mass = (rows.sum(dim=-1) - held).clamp_min(0)  # of the evicted: one pass over the rows, no masked copy of them
+    start, num_kept, num_kv_heads = layers[0].tail_start, layers[0].num_kept, saliency.shape[1]
+    if (count := start - num_kept) <= 0:
+        return [None] * len(layers)
+    rows = predicted.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)  # (L * H_kv, group, N)
+    kept = torch.cat([layer.kept_positions[0] for layer in layers])  # (L * H_kv, c)
+    ranked = saliency[..., :start].flatten(0, 1).scatter(1, kept, -1)
+    near = ranked.topk(min(int(pool * num_kept), count), dim=-1, sorted=False).indices  # (L * H_kv, p)
+    held = _at(rows, kept).sum(dim=-1) + rows[..., start:].sum(dim=-1)
     against = held - rows[..., :num_sinks].sum(dim=-1)  # sinks are always kept
-    ranked = saliency[:, : layer.tail_start].masked_fill(~evicted, -1)
-    near = ranked.topk(min(int(pool * kept.shape[1]), count), dim=-1, sorted=False).indices  # (H_kv, p)
-    near_values = select(layer.store_v, near.unsqueeze(0)).to(predicted.device)[0].float()
-    weights = rows.gather(-1, near[:, None, None].expand(*rows.shape[:3], -1))
+    weights = _at(rows, near)
     near_mass = weights.sum(dim=-1)
-    pooled = (weights.flatten(1, 2) @ near_values).view(*near_mass.shape, -1)
-    pooled = pooled / near_mass.clamp_min(1e-9).unsqueeze(-1)
-    far_sum = layer.older_value_sum[0] - layer.v[0, :, : kept.shape[1]].float().sum(1) - near_values.sum(1)
-    far = (far_sum / max(count - near.shape[1], 1))[:, None, None].expand_as(pooled)
-    odds = torch.stack((near_mass, (mass - near_mass).clamp_min(0)), dim=-1) / against.clamp_min(1e-6).unsqueeze(-1)
-    values = torch.stack((pooled, far), dim=-2)
-    odds = factor[:, None, None] * odds.flatten(0, 1)
-    return TailTerm(odds.unsqueeze(0), values.flatten(0, 1).unsqueeze(0), num_sinks)
+    far_mass = (rows.sum(dim=-1) - held - near_mass).clamp_min(0)
+    odds = torch.stack((near_mass, far_mass), dim=-1) / against.clamp_min(1e-6).unsqueeze(-1)
+    odds = factor.unsqueeze(-1) * odds.view(*factor.shape, 2)
+    weights /= near_mass.clamp_min(1e-9).unsqueeze(-1)
+    shares = zip(layers, near.split(num_kv_heads), weights.split(num_kv_heads), odds.unbind(0), strict=True)
+    return [
+        TailTerm(own_odds[None, :, None], _pooled(layer, own_near, own_weights).unsqueeze(0), num_sinks)
+        for layer, own_near, own_weights, own_odds in shares
+    ]
+
+
+def _at(rows: Tensor, positions: Tensor) -> Tensor:
+    """(n, group, p) of rows (n, group, N) at positions (n, p)."""
+    return rows.gather(-1, positions.unsqueeze(1).expand(-1, rows.shape[1], -1))
+
+
+def _pooled(layer: TieredLayer, near: Tensor, weights: Tensor) -> Tensor:
+    """(H_q, 2, D): values near (H_kv, p), pooled by weights (H_kv, group, p), and the mean of the others."""
+    values = select(layer.store_v, near.unsqueeze(0)).to(weights.device)[0].float()
+    pooled = weights @ values
+    count = layer.tail_start - layer.num_kept - near.shape[1]
+    kept = layer.v[0, :, : layer.num_kept].sum(dim=1, dtype=torch.float32)
+    far = (layer.older_value_sum[0] - kept - values.sum(dim=1)) / max(count, 1)
+    return torch.stack((pooled, far.unsqueeze(1).expand_as(pooled)), dim=2).flatten(0, 1)

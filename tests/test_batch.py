@@ -38,12 +38,14 @@ def together(decoder, jobs, batch_size=3):
     return rounds, [rows[number] for number in range(len(jobs))], batch, counts
 
 
-def assert_independent(target, draft, policy, num_draft_tokens, jobs=JOBS, sampler=None, batch_size=3):
+def assert_independent(
+    target, draft, policy, num_draft_tokens, jobs=JOBS, sampler=None, batch_size=3, controller=None
+):
     """The same rounds, not only the same tokens: what was drafted and accepted is the same too."""
-    decoder = Decoder(target, draft, policy, num_draft_tokens, sampler)
-    results = rounds, rows, _, _ = together(
-        Decoder(target, draft, policy, num_draft_tokens, sampler), jobs, batch_size
+    decoder, shared = (
+        Decoder(target, draft, policy, num_draft_tokens, sampler, controller=controller) for _ in range(2)
     )
+    results = rounds, rows, _, _ = together(shared, jobs, batch_size)
     for job, ours, row in zip(jobs, rounds, rows, strict=True):
         options = job.max_new_tokens, job.stop_ids, job.seed, job.compress_after
         expected = list(decoder.generate(job.prompt, *options))

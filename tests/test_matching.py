@@ -1,6 +1,7 @@
 """The head map recovers relations that are really there."""
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_layers_that_share_a_product_predict_what_each_predicts_alone(at_once, m
     own[0, 2], own[2, 5] = 1.0, 0.3
     head_map = HeadMap(torch.rand(3, 6, M).softmax(-1), torch.ones(3, 6), own)
     rows, history = random_rows(M, seed=6)[:, :4], torch.rand(3, 6, N - 2)
-    predictions = list(head_map.predictions(rows, history))
+    predictions = list(chain.from_iterable(head_map.predictions(rows, history)))
     assert len(predictions) == 3
     for layer, predicted in enumerate(predictions):
         torch.testing.assert_close(predicted, head_map.predict(layer, rows, history[layer]))

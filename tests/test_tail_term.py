@@ -5,9 +5,9 @@ import torch
 
 from specsmallkv.attention import AttentionCall, AttentionRows, attend, attention_probabilities, reference_attention
 from specsmallkv.cache import TieredLayer
-from specsmallkv.tail_term import tail_term
+from specsmallkv.tail_term import tail_terms
 
-H_Q, H_KV, DIM, N, SINKS, WINDOW, Q = 4, 2, 8, 60, 2, 5, 3
+H_Q, H_KV, DIM, N, SINKS, WINDOW, Q = 4, 2, 8, 60, 2, 5, 1
 
 
 @pytest.fixture
@@ -28,10 +28,16 @@ def true_rows(query, k):
     return attention_probabilities(query, k, DIM**-0.5)[0]
 
 
+def term_of(layer, row, factor, pool):
+    """From one row (H_q, N), which ranks too."""
+    saliency = row.unflatten(0, (H_KV, -1)).mean(1)
+    (term,) = tail_terms(row[None], saliency[None], [layer], SINKS, torch.full((1, H_Q), factor), pool)
+    return term
+
+
 def read(layer, query, k, v, factor=1.0, pool=1.0):
     """Attention over the layer once the block's own K and V are there, with this tail term."""
-    saliency = true_rows(query, k).unflatten(0, (H_KV, -1)).mean((1, 2))
-    layer.tail_term = tail_term(true_rows(query, k), saliency, layer, SINKS, torch.full((H_Q,), factor), pool)
+    layer.tail_term = term_of(layer, true_rows(query, k).mean(1), factor, pool)
     layer.update(k[:, :, N - Q :], v[:, :, N - Q :])
     return attend(layer, 0, query, DIM**-0.5, AttentionCall("reference"))
 
@@ -67,7 +73,7 @@ def test_nothing_evicted_needs_no_tail_term(block):
     layer, query, k, _ = block
     everything = torch.arange(layer.tail_start).expand(1, H_KV, -1)
     layer.retain(everything, torch.empty(1, H_KV, 0, dtype=torch.long), layer.tail_start)
-    assert tail_term(true_rows(query, k), torch.rand(H_KV, N), layer, SINKS, torch.ones(H_Q), 1.0) is None
+    assert term_of(layer, true_rows(query, k).mean(1), 1.0, 1.0) is None
 
 
 def test_a_new_set_forgets_the_old_tail_term(block):
@@ -78,17 +84,49 @@ def test_a_new_set_forgets_the_old_tail_term(block):
     assert layer.tail_term is None
 
 
+def test_all_queries_of_a_block_take_the_same_odds_weighed_by_their_own_mass_beside_the_sinks(block):
+    layer, query, k, _ = block
+    term = term_of(layer, true_rows(query, k).mean(1), 0.5, 1.0)
+    probabilities, output = torch.rand(1, H_Q, 3, 20).softmax(-1), torch.randn(1, H_Q, 3, DIM)
+    together = term.add(output, probabilities)
+    for i in range(3):
+        alone = term.add(output[:, :, i : i + 1], probabilities[:, :, i : i + 1])
+        torch.testing.assert_close(together[:, :, i : i + 1], alone)
+    odds = term.odds[0, :, 0] * (1 - probabilities[0, :, 1, :SINKS].sum(-1, keepdim=True))
+    expected = output[0, :, 1] + (odds[..., None] * term.values[0]).sum(1)
+    torch.testing.assert_close(together[0, :, 1], expected / (1 + odds.sum(-1, keepdim=True)))
+
+
+def test_layers_together_have_the_terms_that_each_has_alone():
+    """Layers that keep different tokens, with heads that are believed by different shares."""
+    generator, layers = torch.Generator().manual_seed(1), []
+    for number in range(3):
+        layer = TieredLayer(2 * N, resident_capacity=40, residency="offload")
+        layer.update(*(torch.randn(1, H_KV, N, DIM, generator=generator) for _ in "kv"))
+        chosen = [[0, 1, *range(5 + number + head, 25 + head, 3)][:8] for head in range(H_KV)]
+        layer.retain(torch.tensor([chosen]), torch.empty(1, H_KV, 0, dtype=torch.long), N - WINDOW)
+        layers.append(layer)
+    rows = torch.rand(3, H_Q, N, generator=generator).softmax(-1)
+    saliency, factor = torch.rand(3, H_KV, N, generator=generator), torch.rand(3, H_Q, generator=generator)
+    together = tail_terms(rows, saliency, layers, SINKS, factor, 1.5)
+    for i, term in enumerate(together):
+        one = slice(i, i + 1)
+        (alone,) = tail_terms(rows[one], saliency[one], layers[one], SINKS, factor[one], 1.5)
+        torch.testing.assert_close(term.odds, alone.odds)
+        torch.testing.assert_close(term.values, alone.values)
+
+
 def test_rows_count_by_the_chance_that_the_draft_gives_them():
     rows = AttentionRows(1, 1, 3, 4, torch.device("cpu"))
     rows.start(1, 3)
     rows.buffer[0] = torch.eye(3, 4)
     for probability in (0.5, 0.2):
         rows.expect(probability)
-    assert rows.mean(by_chance=True)[0].tolist() == pytest.approx([1 / 1.6, 0.5 / 1.6, 0.1 / 1.6, 0])
-    assert rows.mean(by_chance=False)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert rows.mean(by_chance=True, num_rows=3)[0].tolist() == pytest.approx([1 / 1.6, 0.5 / 1.6, 0.1 / 1.6, 0])
+    assert rows.mean(by_chance=False, num_rows=3)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
     rows.start(1, 3)  # known tokens: nobody says how likely they are
     rows.buffer[0] = torch.eye(3, 4)
-    assert torch.equal(rows.mean(by_chance=True), rows.mean(by_chance=False))
+    assert torch.equal(rows.mean(by_chance=True, num_rows=3), rows.mean(by_chance=False, num_rows=3))
 
 
 def test_heads_that_are_not_believed_read_what_is_kept_alone(block):

@@ -1,0 +1,242 @@
+"""Which of the draft's rows of a verify block are read (`policy.lookahead`), and when they are not read at all."""
+
+import pytest
+import torch
+from test_batch import assert_independent
+from test_decode import begin, decode
+from test_draft_view import SIZE, policy_of, viewed
+
+from specsmallkv import UserError
+from specsmallkv.controller import Controller, measure
+from specsmallkv.decode import Decoder, full_cache
+from specsmallkv.oracle import LOOKAHEADS, rows_ahead
+
+
+def begun(target, draft, prompt, lookahead, controller=None, drafts=3, rounds=2, **options):
+    """A decoder and a sequence some rounds behind its prompt."""
+    policy = policy_of("specsmallkv", lookahead=lookahead, **options)
+    decoder = Decoder(target, draft, policy, drafts, controller=controller)
+    sequence, generator = begin(decoder, prompt, 60)[0], torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(rounds):
+            decoder.decide(sequence)
+            decoder.round(sequence, generator, set())
+    return decoder, sequence, generator
+
+
+def passes_of_the_draft(decoder):
+    """Tokens of each pass to come, and whether it records rows."""
+    passes, forward = [], decoder.forward
+
+    def watched(model, cache, tokens, call, num_logits=1):
+        if model is decoder.draft_model:
+            passes.append((len(tokens), call.rows is not None, call.view is not None))
+        return forward(model, cache, tokens, call, num_logits)
+
+    decoder.forward = watched
+    return passes
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_only_the_last_drafts_row_takes_a_step_of_its_own(target, draft, prompt, lookahead, drafts):
+    decoder, sequence, generator = begun(target, draft, prompt, lookahead, drafts=drafts)
+    passes = passes_of_the_draft(decoder)
+    with torch.inference_mode():
+        decoder.draft(sequence, generator)
+    steps = drafts + 1 if lookahead == "block" else max(drafts, 1)
+    assert len(passes) == steps
+    assert sum(recorded for _, recorded, _ in passes) == rows_ahead(lookahead, drafts + 1)
+
+
+@pytest.mark.parametrize("lookahead", ["drafted", "first"])
+def test_rows_that_were_not_read_have_no_say(target, draft, prompt, lookahead):
+    kept = []
+    for poison in (0.0, torch.nan):
+        decoder, sequence, generator = begun(target, draft, prompt, lookahead)
+        with torch.inference_mode():
+            drafts, _ = decoder.draft(sequence, generator)
+            sequence.evidence.oracle.block.buffer[:, rows_ahead(lookahead, len(drafts) + 1) :] = poison
+            decoder.plan(sequence, drafts)
+            logits = decoder.verify(sequence, drafts)
+            decoder.conclude(sequence, drafts, len(drafts), 1, set())
+        assert logits.isfinite().all() and sequence.evidence.oracle._sum.isfinite().all()
+        kept.append([layer.kept_positions for layer in sequence.target.layers])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_the_first_rows_set_is_that_of_a_block_without_drafts(target, draft, prompt):
+    kept = []
+    for lookahead, count in (("first", 3), ("block", 0)):
+        decoder, sequence, generator = begun(target, draft, prompt, lookahead, rounds=0)
+        decoder.num_draft_tokens = count
+        with torch.inference_mode():
+            drafts, _ = decoder.draft(sequence, generator)
+            decoder.plan(sequence, drafts)
+        assert len(drafts) == count
+        kept.append([layer.kept_positions for layer in sequence.target.layers])
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_rows_of_drafting_steps_count_by_their_chances(target, draft, prompt):
+    decoder, sequence, generator = begun(target, draft, prompt, "drafted")
+    with torch.inference_mode():
+        decoder.draft(sequence, generator)
+        oracle = sequence.evidence.oracle
+        saliency = oracle.lookahead_saliency(sequence.target.seen, True, "max")
+        chances = torch.tensor(oracle.block.chances[:3])
+        mean = (oracle.block.values[:, :3] * (chances / chances.sum())[:, None]).sum(dim=1)
+    assert len(oracle.block.chances) == 4
+    torch.testing.assert_close(oracle.recent_rows, mean)
+    torch.testing.assert_close(saliency, oracle.saliency(mean[:, : sequence.target.seen], "max"))
+
+
+def test_known_tokens_are_read_in_one_pass_and_all_their_rows_count(target, draft, prompt):
+    for lookahead in LOOKAHEADS:
+        decoder, sequence, _ = begun(target, draft, prompt, lookahead, rounds=0)
+        with torch.inference_mode():
+            decoder.read(sequence, [1, 2, 3])
+        assert sequence.evidence.oracle.num_rows == 4
+
+
+def test_a_set_for_each_query_needs_a_row_for_each():
+    for lookahead in ("drafted", "first"):
+        with pytest.raises(UserError, match=f"policy.lookahead={lookahead}.*policy.lookahead=block"):
+            policy_of("specsmallkv", selection="query", lookahead=lookahead)
+    with pytest.raises(UserError, match=r"policy\.lookahead=last is unknown"):
+        policy_of("specsmallkv", lookahead="last")
+
+
+def test_with_a_view_the_first_row_is_the_one_whole_read_and_drafted_rows_leave_the_last_draft_out(
+    target, draft, prompt
+):
+    expected = {
+        "first": [(True, False), (False, True), (False, True)],
+        "drafted": [(False, True), (False, True), (False, True), (True, False)],
+    }
+    for lookahead, kinds in expected.items():
+        decoder, sequence, generator = begun(target, draft, prompt, lookahead, viewed())
+        passes, unread = passes_of_the_draft(decoder), len(sequence.tokens) - sequence.draft.seen
+        with torch.inference_mode():
+            decoder.decide(sequence)
+            drafts, _ = decoder.draft(sequence, generator)
+        assert len(drafts) == 3 and [kind[1:] for kind in passes] == kinds
+        assert lookahead == "first" or passes[-1][0] == unread + 2
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_after_each_round_the_drafts_cache_is_as_exact_as_without_a_view(target, draft, prompt, lookahead):
+    policy = policy_of("specsmallkv", lookahead=lookahead)
+    decoder = Decoder(target, draft, policy, 3, controller=viewed())
+    opened = 0
+    for _, sequence in decoder.generate(prompt, 40):
+        opened += sequence.view is not None
+        assert not sequence.in_view
+        if sequence.draft.seen < len(prompt):
+            continue
+        exact = full_cache(draft, len(sequence.tokens))
+        decoder._feed(draft, exact, sequence.tokens[: sequence.draft.seen])
+        for ours, theirs in zip(sequence.draft.layers, exact.layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+    assert opened > 10
+
+
+@pytest.mark.parametrize("view_size", [0, SIZE])
+@pytest.mark.parametrize("lookahead", ["drafted", "first"])
+def test_a_row_of_a_batch_equals_its_prompt_alone(target, draft, lookahead, view_size):
+    policy = policy_of("specsmallkv", lookahead=lookahead)
+    assert_independent(target, draft, policy, 2, controller=Controller(view_size=view_size))
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_a_rounds_price_has_no_step_that_it_does_not_take(target, draft, prompt, monkeypatch, lookahead):
+    """A step takes a second here, a plan and a pass of the target none."""
+    decoder, sequence, _ = begun(target, draft, prompt, lookahead)
+
+    def priced(decoder, sequence, count):
+        return {"draft": float(count + 1 if lookahead == "block" else max(count, 1)), "plan": 0.0, "verify": 0.0}
+
+    monkeypatch.setattr("specsmallkv.controller.dry_round", priced)
+    costs = measure(decoder, sequence, 3)
+    assert [costs.round(count) for count in (1, 2, 3)] == [priced(None, None, count)["draft"] for count in (1, 2, 3)]
+
+
+# --- a draft that waits ---------------------------------------------------------------------------------------------
+
+
+def without_odds(**options):
+    return policy_of("smallkv", compensation="none", marginal_share=0.0, **options)
+
+
+def reading_at_every_step(monkeypatch):
+    monkeypatch.setattr(Decoder, "reads_later", lambda *_: False)
+
+
+@pytest.mark.parametrize("length", [10, 150])
+def test_a_draft_that_waited_has_counted_what_it_would_have_counted_step_by_step(
+    target, draft, prompt, monkeypatch, length
+):
+    policy, kept = without_odds(), []
+    for waits in (True, False):
+        if not waits:
+            reading_at_every_step(monkeypatch)
+        tokens, sequence = decode(target, draft, policy, 0, prompt[:length])
+        oracle, seen = sequence.evidence.oracle, sequence.evicted_at
+        kept.append((tokens, [layer.positions[:, :, : layer.num_kept] for layer in sequence.target.layers]))
+        if waits:
+            sums, waiting, passes = oracle._sum[:, :seen].clone(), sequence.draft.seen, sequence.counters.draft_rows
+            assert waiting == sequence.evicted_at > length
+        else:
+            assert sequence.draft.seen == sequence.target.seen > waiting
+            assert passes < sequence.counters.draft_rows
+    assert kept[0][0] == kept[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(kept[0][1], kept[1][1], strict=True))
+    assert sums.isfinite().all() and sums.sum() > 0
+
+
+def test_sums_at_an_eviction_are_those_of_single_steps(target, draft, prompt, monkeypatch):
+    seen = []
+    for waits in (True, False):
+        if not waits:
+            reading_at_every_step(monkeypatch)
+        decoder = Decoder(target, draft, without_odds(), 0)
+        for _, sequence in decoder.generate(prompt, 60):
+            oracle = sequence.evidence.oracle
+            if sequence.target.seen == 160:  # an eviction has just been: both have read all
+                seen.append((oracle._sum[:, :160].clone(), oracle._count, sequence.draft.seen))
+    assert seen[0][1:] == seen[1][1:] and seen[0][2] == 160
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-4)
+
+
+def test_between_evictions_a_waiting_draft_runs_no_pass(target, draft, prompt):
+    decoder = Decoder(target, draft, without_odds(), 0)
+    passes = passes_of_the_draft(decoder)
+    *_, (_, sequence) = decoder.generate(prompt[:96], 50)
+    decoded = [count for count, *_ in passes if count == 16]
+    assert len(decoded) == 3 and sequence.evicted_at == 144, "three blocks of 16 tokens"
+    assert sum(count == 1 for count, *_ in passes) == 32, "the foreseen tokens, and none of the text's"
+
+
+def test_it_reads_at_every_step_where_its_rows_weigh_values_or_it_drafts(target, draft, prompt):
+    for policy, drafts in ((policy_of("smallkv", marginal_similarity=0.0), 0), (without_odds(), 2)):
+        decoder = Decoder(target, draft, policy, drafts)
+        for _, sequence in decoder.generate(prompt, 30):
+            assert not sequence.settled or sequence.draft.seen >= sequence.target.seen - 1
+            assert not decoder.reads_later(sequence)
+
+
+@pytest.mark.parametrize("controller", [None, Controller()])
+def test_a_later_turn_finds_a_draft_that_has_read_all(target, draft, prompt, monkeypatch, controller):
+    texts = []
+    for waits in (True, False):
+        if not waits:
+            reading_at_every_step(monkeypatch)
+        decoder = Decoder(target, draft, without_odds(), 0, controller=controller)
+        *_, (_, first) = decoder.generate(prompt, 25)
+        again = [*first.tokens, *prompt[:40]]
+        texts.append([token for round_, _ in decoder.generate(again, 40, continues=first) for token in round_.tokens])
+    assert texts[0] == texts[1]
+
+
+def test_rows_of_a_batch_whose_drafts_wait_equal_their_prompts_alone(target, draft):
+    assert_independent(target, draft, without_odds(), 0)
