@@ -41,14 +41,13 @@ class Row:
     stopped: bool = False
     # the present round: what it drafts with which distributions, and what the draft reads next
     num_drafts: int = 0
-    reads_again: bool = False
     drafts: list[int] = field(default_factory=list)
     probabilities: list[Tensor | None] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
 
-    def begin(self, num_drafts: int, reads_again: bool) -> None:
+    def begin(self, num_drafts: int) -> None:
         """A new round: the draft has yet to read one token, or two after a block that was accepted whole."""
-        self.num_drafts, self.reads_again, self.drafts, self.probabilities = num_drafts, reads_again, [], []
+        self.num_drafts, self.drafts, self.probabilities = num_drafts, [], []
         self.pending = self.sequence.tokens[self.sequence.draft.seen :] if self.sequence.draft else []
 
     def take(self, draft: int, distribution: Tensor | None) -> None:
@@ -137,7 +136,7 @@ class BatchDecoder:
         """Drafts of all rows, step by step; a row that has its drafts sits the further steps out."""
         decoder, step = self.decoder, 0
         for row in rows:
-            row.begin(*decoder.begin_draft(row.sequence))
+            row.begin(decoder.begin_draft(row.sequence))
         while active := [row for row in rows if step < row.num_drafts]:
             logits = decoder.draft_group([row.sequence for row in active], [row.pending for row in active])
             for row, own in zip(active, logits, strict=True):
@@ -145,6 +144,6 @@ class BatchDecoder:
                 if step == 0:
                     decoder.view_rest(row.sequence, row.num_drafts)
             step += 1
-        if last := [row for row in rows if row.reads_again]:  # rows of attention alone are wanted
+        if last := [row for row in rows if decoder.lacks_rows(row.sequence, row.num_drafts)]:
             tokens = [decoder.unread(row.sequence, row.drafts) for row in last]
             decoder.draft_group([row.sequence for row in last], tokens, "none")

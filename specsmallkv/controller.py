@@ -69,7 +69,8 @@ class History:
 class Costs:
     """Seconds at one context length, tokens. draft: one step; read: of the oracle, its step of the draft and the plan;
 
-    verify: passes over 1, 2, ... tokens. first: what the first step takes more than others (`draft_view.py`).
+    verify: passes over 1, 2, ... tokens. first: what the first step takes more than others (`draft_view.py`), negative
+    where `read` has its price.
     """
 
     context: int
@@ -205,7 +206,7 @@ class Adaptive(Controller):
         context, most = sequence.target.seen, decoder.num_draft_tokens
         if sequence.draft is not None and self.measures and not self.table.covers(context):
             sequence.decision = None
-            if decoder.begin_draft(sequence)[0] == most > 0:  # else an eviction or the end is near: next time
+            if decoder.begin_draft(sequence) == most > 0:  # else an eviction or the end is near: next time
                 with sequence.counters.timed("measure"):
                     self.table.add(measure(decoder, sequence, most))
         if sequence.draft is None or not self.table.rows:
@@ -230,7 +231,8 @@ def measure(decoder: "Decoder", sequence: "Sequence", most: int) -> Costs:
     drafting = {count: seconds[count]["draft"] - seconds[0]["draft"] for count in seconds}
     step = max(0.0, (drafting[most] - drafting[1]) / (most - 1) if most > 1 else drafting[1])
     read = seconds[0]["draft"] + min(own["plan"] for own in seconds.values())
-    return Costs(sequence.target.seen, step, read, verify, drafting[1] - step)
+    least = 0.0 if decoder.policy.lookahead == "block" else -step  # what reads the first row is then a drafting step
+    return Costs(sequence.target.seen, step, read, verify, max(least, drafting[1] - step))
 
 
 def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str, float]:

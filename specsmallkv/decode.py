@@ -346,6 +346,7 @@ class Decoder:
         unread = sequence.tokens[draft.seen : sequence.target.seen]
         for start in range(0, len(unread), PREFILL_CHUNK):
             chunk = unread[start : start + PREFILL_CHUNK]
+            sequence.counters.catch_ups += 1
             sequence.counters.see_draft(draft.held_nbytes, len(chunk))
             oracle.add(summed_rows(self, draft, chunk), len(chunk))
 
@@ -353,7 +354,7 @@ class Decoder:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
         drafts: list[int] = []
         probabilities: list[Tensor | None] = []
-        count, reads_again = self.begin_draft(sequence)
+        count = self.begin_draft(sequence)
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count):
             call = self.draft_call(sequence, len(pending))
@@ -365,7 +366,7 @@ class Decoder:
             drafts.append(token)
             probabilities.append(distribution)
             pending = [token]
-        if reads_again:  # rows alone are wanted
+        if self.lacks_rows(sequence, count):
             tokens = self.unread(sequence, drafts)
             call = self.draft_call(sequence, len(tokens))
             self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
@@ -375,6 +376,7 @@ class Decoder:
         """What the draft has yet to read of a block with its whole cache: the last draft, or what a view showed it."""
         assert sequence.draft is not None and sequence.reading is not None
         sequence.close_view()
+        sequence.reread = True
         end = len(sequence.tokens) - 1 + sequence.reading.num_rows
         return (sequence.tokens + drafts)[sequence.draft.seen : end]
 
@@ -385,18 +387,23 @@ class Decoder:
         if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
             recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))
 
-    def begin_draft(self, sequence: Sequence) -> tuple[int, bool]:
-        """How many drafts this round takes, and whether the draft reads once more for rows that no step records."""
+    def begin_draft(self, sequence: Sequence) -> int:
+        """How many drafts this round takes."""
         count, oracle = self._num_drafts(sequence), sequence.reading
+        sequence.reread = False
         if oracle is not None:
             oracle.block.start(sequence.target.seen, count + 1, known=False)
             if oracle.num_rows > 1:
                 self._begin_view(sequence, oracle, count)
-            return count, oracle.num_rows > count or sequence.in_view
-        if self._has_view(sequence, count - 1):
+        elif self._has_view(sequence, count - 1):
             sequence.last_row = sequence.last_row or self._last_row(sequence)
             sequence.last_row.start(len(sequence.tokens) - 1, 1)
-        return count, False
+        return count
+
+    def lacks_rows(self, sequence: Sequence, count: int) -> bool:
+        """Whether the draft reads the block once more, since rows are wanted that none of `count` steps recorded."""
+        oracle = sequence.reading
+        return oracle is not None and (oracle.num_rows > count or (sequence.in_view and oracle.num_rows > 1))
 
     def _begin_view(self, sequence: Sequence, oracle: AttentionOracle, count: int) -> None:
         """With rows of the last block all steps can use a view, unless the draft has fallen behind."""
@@ -426,7 +433,7 @@ class Decoder:
         size, draft = sequence.decision.view_size if sequence.decision else 0, sequence.draft
         if draft is None or steps < 1 or len(draft.budgeted) < len(draft.layers):
             return False
-        return is_viewed(size, draft.seen)
+        return is_viewed(size, draft.seen, sequence.reading is not None and self.policy.lookahead == "drafted")
 
     def _open_view(self, sequence: Sequence, rows: Tensor) -> None:
         assert sequence.decision is not None and sequence.draft is not None

@@ -14,6 +14,7 @@ from .cache import TieredCache, TieredLayer, select
 
 # Cache over view, from which a view is used. Measured at 16 only, where opening it costs far less than it saves.
 PAYS_FROM = 8
+ONE_PASS_MORE = 4  # the same, times this, where rows of drafting steps would do and a view adds a pass: a loss at 16
 RECENT_SHARE = 0.125  # of a view: the newest tokens
 SINKS = 4  # first tokens, always in a view
 
@@ -23,9 +24,9 @@ def view_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def is_viewed(size: int, cached: int) -> bool:
+def is_viewed(size: int, cached: int, adds_pass: bool = False) -> bool:
     """Whether steps over a draft's cache of so many tokens read a view of `size` (0: none)."""
-    return 0 < PAYS_FROM * size <= cached
+    return 0 < PAYS_FROM * (ONE_PASS_MORE if adds_pass else 1) * size <= cached
 
 
 class DraftView:

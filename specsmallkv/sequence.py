@@ -46,6 +46,7 @@ class Counters:
     draft_kv_read: int = 0
     draft_kv_attended: int = 0
     draft_rows: int = 0
+    catch_ups: int = 0  # passes of a draft that had waited
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -92,6 +93,7 @@ class Sequence:
     decision: Decision | None = None  # of the controller, for the present round; None: as the decoder is set
     history: History = field(default_factory=History)
     view: DraftView | None = None  # what the draft's steps read while it is open, instead of the whole cache
+    reread: bool = False  # in the present round the draft has read the block once more, for rows
     last_row: AttentionRows | None = None  # of the draft's last first step that a view followed
 
     @property

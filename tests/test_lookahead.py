@@ -9,6 +9,7 @@ from test_draft_view import SIZE, policy_of, viewed
 from specsmallkv import UserError
 from specsmallkv.controller import Controller, measure
 from specsmallkv.decode import Decoder, full_cache
+from specsmallkv.draft_view import is_viewed
 from specsmallkv.oracle import LOOKAHEADS, rows_ahead
 
 
@@ -108,12 +109,13 @@ def test_a_set_for_each_query_needs_a_row_for_each():
 
 
 def test_with_a_view_the_first_row_is_the_one_whole_read_and_drafted_rows_leave_the_last_draft_out(
-    target, draft, prompt
+    target, draft, prompt, monkeypatch
 ):
     expected = {
         "first": [(True, False), (False, True), (False, True)],
         "drafted": [(False, True), (False, True), (False, True), (True, False)],
     }
+    monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
     for lookahead, kinds in expected.items():
         decoder, sequence, generator = begun(target, draft, prompt, lookahead, viewed())
         passes, unread = passes_of_the_draft(decoder), len(sequence.tokens) - sequence.draft.seen
@@ -124,8 +126,36 @@ def test_with_a_view_the_first_row_is_the_one_whole_read_and_drafted_rows_leave_
         assert lookahead == "first" or passes[-1][0] == unread + 2
 
 
+@pytest.mark.parametrize("first_step", ["sees a view", "reads all"])
+def test_drafted_rows_of_a_round_with_a_view_are_those_of_full_attention(
+    target, draft, prompt, monkeypatch, first_step
+):
+    """Also where a view begins after the first step only, as in a draft that had fallen behind."""
+    monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
+    if first_step == "reads all":
+        monkeypatch.setattr(Decoder, "_begin_view", lambda *_: None)
+    decoder, sequence, generator = begun(target, draft, prompt, "drafted", viewed())
+    with torch.inference_mode():
+        decoder.decide(sequence)
+        drafts, _ = decoder.draft(sequence, generator)
+        assert sequence.view is not None and sequence.reread
+        rows = sequence.evidence.oracle.rows.clone()
+        sequence.draft.rollback(sequence.draft.seen - sequence.target.seen)
+        decoder.read(sequence, drafts)
+    assert rows.shape[1] == len(drafts) == 3
+    everything = sequence.evidence.oracle.block.values[:, :3]
+    torch.testing.assert_close(rows, everything, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_drafting_steps_use_a_view_on_longer_caches_only():
+    assert is_viewed(16, 128) and not is_viewed(16, 511, True) and is_viewed(16, 512, True)
+
+
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-def test_after_each_round_the_drafts_cache_is_as_exact_as_without_a_view(target, draft, prompt, lookahead):
+def test_after_each_round_the_drafts_cache_is_as_exact_as_without_a_view(
+    target, draft, prompt, monkeypatch, lookahead
+):
+    monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
     policy = policy_of("specsmallkv", lookahead=lookahead)
     decoder = Decoder(target, draft, policy, 3, controller=viewed())
     opened = 0
@@ -143,7 +173,8 @@ def test_after_each_round_the_drafts_cache_is_as_exact_as_without_a_view(target,
 
 @pytest.mark.parametrize("view_size", [0, SIZE])
 @pytest.mark.parametrize("lookahead", ["drafted", "first"])
-def test_a_row_of_a_batch_equals_its_prompt_alone(target, draft, lookahead, view_size):
+def test_a_row_of_a_batch_equals_its_prompt_alone(target, draft, monkeypatch, lookahead, view_size):
+    monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
     policy = policy_of("specsmallkv", lookahead=lookahead)
     assert_independent(target, draft, policy, 2, controller=Controller(view_size=view_size))
 

@@ -164,10 +164,11 @@ class Plan:
 
     def _view_bytes(self, capacity: int, oracle_reads: bool) -> int:
         """What drafting steps read instead of a long cache, and the row that chose it where no oracle has rows."""
-        steps = self.num_draft_tokens - (not oracle_reads)
+        lookahead = self.policy.lookahead if oracle_reads else "first"  # a first step then reads the whole cache
+        steps = self.num_draft_tokens - (lookahead == "first")
         if self.draft is None or steps < 1 or any(layer_windows(self.draft.config)):
             return 0
-        if not is_viewed(self.view_size, capacity):
+        if not is_viewed(self.view_size, capacity, lookahead == "drafted"):
             return 0
         config, slots = self.draft.config, self.view_size + self.num_draft_tokens + 2
         row = 0 if oracle_reads else 4 * config.num_hidden_layers * config.num_attention_heads * capacity

@@ -123,6 +123,8 @@ class OwnSystem:
             run.draft_kv_read += sequence.counters.draft_kv_read
             run.draft_kv_attended += sequence.counters.draft_kv_attended
             run.draft_rows += sequence.counters.draft_rows
+            run.steps += sequence.counters.catch_ups
+            run.headless += sequence.counters.catch_ups
             if prompt.base.draft is not None:
                 prompt.base.draft.rollback(prompt.base.draft.seen - len(prompt.base.tokens))
         return run
@@ -151,7 +153,7 @@ class OwnSystem:
             yield list(zip(batch.round(rows), (row.sequence for row in rows), strict=True))
 
     def _note(self, run: Run, rounds: list[tuple[Round, Sequence]]) -> None:
-        headless = any(sequence.reading is not None for _, sequence in rounds)
+        headless = any(sequence.reread for _, sequence in rounds)
         run.passes += 1
         run.steps += max(round_.num_drafted for round_, _ in rounds) + headless
         run.headless += headless
