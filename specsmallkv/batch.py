@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import drafting
 from .decode import Decoder
 from .sequence import Counters, Round, Sequence
 from .speculation import accept
@@ -136,14 +137,14 @@ class BatchDecoder:
         """Drafts of all rows, step by step; a row that has its drafts sits the further steps out."""
         decoder, step = self.decoder, 0
         for row in rows:
-            row.begin(decoder.begin_draft(row.sequence))
+            row.begin(drafting.begin(decoder, row.sequence))
         while active := [row for row in rows if step < row.num_drafts]:
             logits = decoder.draft_group([row.sequence for row in active], [row.pending for row in active])
             for row, own in zip(active, logits, strict=True):
                 row.take(*decoder.propose(row.sequence, own, row.generator))
                 if step == 0:
-                    decoder.view_rest(row.sequence, row.num_drafts)
+                    drafting.view_rest(decoder, row.sequence, row.num_drafts)
             step += 1
-        if last := [row for row in rows if decoder.lacks_rows(row.sequence, row.num_drafts)]:
-            tokens = [decoder.unread(row.sequence, row.drafts) for row in last]
+        if last := [row for row in rows if drafting.lacks_rows(row.sequence, row.num_drafts)]:
+            tokens = [drafting.unread(row.sequence, row.drafts) for row in last]
             decoder.draft_group([row.sequence for row in last], tokens, "none")

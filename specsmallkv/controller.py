@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from . import drafting
 from .config import SpeculationConfig
 from .errors import UserError
 
@@ -206,7 +207,7 @@ class Adaptive(Controller):
         context, most = sequence.target.seen, decoder.num_draft_tokens
         if sequence.draft is not None and self.measures and not self.table.covers(context):
             sequence.decision = None
-            if decoder.begin_draft(sequence) == most > 0:  # else an eviction or the end is near: next time
+            if drafting.begin(decoder, sequence) == most > 0:  # else an eviction or the end is near: next time
                 with sequence.counters.timed("measure"):
                     self.table.add(measure(decoder, sequence, most))
         if sequence.draft is None or not self.table.rows:

@@ -4,7 +4,6 @@ Pure token ids: it knows nothing about text, prompts or configuration (`generato
 The draft always runs before the target, so its attention rows for the very tokens to be verified are at hand.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import drafting, planning
 from .attention import (
     AttentionCall,
     AttentionMass,
@@ -27,17 +27,14 @@ from .attention import (
 )
 from .cache import CacheGroup, TieredCache
 from .controller import Controller, Decision
-from .draft_view import DraftView, is_viewed
 from .errors import UserError
-from .matching import HeadMap, Prior, marginal_weights
+from .matching import HeadMap, Prior
 from .oracle import AttentionOracle
-from .policies import Evidence, Plan, Policy
+from .policies import Evidence, Policy
 from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget, summed_rows
-from .recall import recall_ahead
 from .sampling import Sampler
 from .sequence import Counters, Round, Sequence
 from .speculation import accept, match_vocabulary, propose
-from .tail_term import BELIEVED_SIMILARITY, tail_terms
 
 OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
@@ -166,7 +163,7 @@ class Decoder:
         if sequence.draft is not None:
             sequence.draft.grow(limit + room)
         if sequence.evidence.oracle is not None:
-            sequence.evidence.oracle.grow(self._rows(room, sequence.target.layers[0].capacity))
+            sequence.evidence.oracle.grow(self.new_rows(room, sequence.target.layers[0].capacity))
         if sequence.evidence.mass is not None:
             sequence.evidence.mass.grow(limit + room)
         for layer in sequence.target.layers:
@@ -261,7 +258,7 @@ class Decoder:
 
     def _foreseen_rows(self, draft: TieredCache, token: int, count: int) -> Tensor:
         """Sum (M, N) of the draft's rows for `count` tokens from `token`, the last one it read, on."""
-        seen, rows = draft.seen, self._rows(1, draft.seen + count)
+        seen, rows = draft.seen, self.new_rows(1, draft.seen + count)
         total = torch.zeros_like(rows.buffer[:, 0, :seen])
         draft.grow(seen + count)
         draft.rollback(1)
@@ -287,7 +284,7 @@ class Decoder:
             oracle = sequence.evidence.oracle
             own = oracle.block if oracle else None
             if oracle:  # rows of a turn are scratch for that turn alone
-                oracle.block = self._rows(self._turn_limit, len(sequence.tokens) + len(tokens))
+                oracle.block = self.new_rows(self._turn_limit, len(sequence.tokens) + len(tokens))
             while tokens:
                 count = self._turn_size(sequence)
                 logits = self._extend_block(sequence, tokens[:count])
@@ -354,97 +351,23 @@ class Decoder:
         """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
         drafts: list[int] = []
         probabilities: list[Tensor | None] = []
-        count = self.begin_draft(sequence)
+        count = drafting.begin(self, sequence)
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count):
-            call = self.draft_call(sequence, len(pending))
+            call = drafting.step_call(self, sequence, len(pending))
             logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
             token, distribution = self.propose(sequence, logits, generator)
             if step == 0:
-                self.recall_ahead(sequence)
-                self.view_rest(sequence, count)
+                drafting.send_ahead(self, sequence)
+                drafting.view_rest(self, sequence, count)
             drafts.append(token)
             probabilities.append(distribution)
             pending = [token]
-        if self.lacks_rows(sequence, count):
-            tokens = self.unread(sequence, drafts)
-            call = self.draft_call(sequence, len(tokens))
+        if drafting.lacks_rows(sequence, count):
+            tokens = drafting.unread(sequence, drafts)
+            call = drafting.step_call(self, sequence, len(tokens))
             self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
         return drafts, probabilities
-
-    def unread(self, sequence: Sequence, drafts: list[int]) -> list[int]:
-        """What the draft has yet to read of a block with its whole cache: the last draft, or what a view showed it."""
-        assert sequence.draft is not None and sequence.reading is not None
-        sequence.close_view()
-        sequence.reread = True
-        end = len(sequence.tokens) - 1 + sequence.reading.num_rows
-        return (sequence.tokens + drafts)[sequence.draft.seen : end]
-
-    def recall_ahead(self, sequence: Sequence) -> None:
-        """Between a block's first row and the others: what that row asks for leaves the host store already."""
-        oracle, layers = sequence.reading, sequence.target.layers
-        crosses = any(layer.shares_memory is False for layer in layers) and not sequence.in_view
-        if crosses and self.policy.every_round and oracle is not None and oracle.trusted:
-            recall_ahead(layers, oracle.first_saliency(sequence.target.seen, self.policy.group_reduction))
-
-    def begin_draft(self, sequence: Sequence) -> int:
-        """How many drafts this round takes."""
-        count, oracle = self._num_drafts(sequence), sequence.reading
-        sequence.reread = False
-        if oracle is not None:
-            oracle.block.start(sequence.target.seen, count + 1, known=False)
-            if oracle.num_rows > 1:
-                self._begin_view(sequence, oracle, count)
-        elif self._has_view(sequence, count - 1):
-            sequence.last_row = sequence.last_row or self._last_row(sequence)
-            sequence.last_row.start(len(sequence.tokens) - 1, 1)
-        return count
-
-    def lacks_rows(self, sequence: Sequence, count: int) -> bool:
-        """Whether the draft reads the block once more, since rows are wanted that none of `count` steps recorded."""
-        oracle = sequence.reading
-        return oracle is not None and (oracle.num_rows > count or (sequence.in_view and oracle.num_rows > 1))
-
-    def _begin_view(self, sequence: Sequence, oracle: AttentionOracle, count: int) -> None:
-        """With rows of the last block all steps can use a view, unless the draft has fallen behind."""
-        draft = sequence.draft
-        if draft is not None and self._has_view(sequence, count) and len(sequence.tokens) - draft.seen <= 2:
-            self._open_view(sequence, oracle.attended())
-
-    def view_rest(self, sequence: Sequence, count: int) -> None:
-        """A first step that read the whole cache says by its row what the others see of it."""
-        rows = sequence.reading.block if sequence.reading else sequence.watched_row
-        if rows is not None and not sequence.in_view and self._has_view(sequence, count - 1):
-            self._open_view(sequence, rows.values[:, 0])
-
-    def draft_call(self, sequence: Sequence, num_tokens: int) -> AttentionCall:
-        """How a drafting step over so many tokens attends; what it has to read for that is counted."""
-        oracle, view, draft = sequence.reading, sequence.view, sequence.draft
-        assert draft is not None
-        if view is not None and view.start is not None:
-            sequence.counters.see_draft(view.shown_nbytes, num_tokens)
-            return AttentionCall(self.attention, view=view)
-        sequence.counters.see_draft(draft.held_nbytes, num_tokens)
-        if oracle is not None and draft.seen >= sequence.target.seen + oracle.num_rows:
-            return AttentionCall(self.attention)
-        return AttentionCall(self.attention, rows=oracle.block if oracle else sequence.watched_row)
-
-    def _has_view(self, sequence: Sequence, steps: int) -> bool:
-        size, draft = sequence.decision.view_size if sequence.decision else 0, sequence.draft
-        if draft is None or steps < 1 or len(draft.budgeted) < len(draft.layers):
-            return False
-        return is_viewed(size, draft.seen, sequence.reading is not None and self.policy.lookahead == "drafted")
-
-    def _open_view(self, sequence: Sequence, rows: Tensor) -> None:
-        assert sequence.decision is not None and sequence.draft is not None
-        if sequence.view is None:
-            sequence.view = DraftView(sequence.draft, sequence.decision.view_size, self.num_draft_tokens + 2)
-        sequence.view.open(rows)
-
-    def _last_row(self, sequence: Sequence) -> AttentionRows:
-        oracle = sequence.evidence.oracle
-        assert sequence.draft is not None
-        return oracle.block if oracle else self._rows(1, sequence.draft.layers[0].capacity)
 
     def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
         """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
@@ -452,7 +375,7 @@ class Decoder:
         logits: "none" where the rows alone are wanted.
         """
         caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
-        calls = [self.draft_call(*pair) for pair in zip(sequences, map(len, tokens), strict=True)]
+        calls = [drafting.step_call(self, *pair) for pair in zip(sequences, map(len, tokens), strict=True)]
         return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
 
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
@@ -464,45 +387,8 @@ class Decoder:
         return token, distribution
 
     def plan(self, sequence: Sequence, drafts: list[int], looked: Tensor | None = None) -> None:
-        """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all.
-
-        looked: what `look` gives, if somebody looked already.
-        """
-        if sequence.decision is not None and not sequence.decision.reads:
-            self._keep_set(sequence)
-            return
-        oracle, seen = sequence.evidence.oracle, sequence.target.seen
-        if self.policy.every_round and self.policy.due(sequence.evicted_at):
-            if self.policy.reads_target:
-                looked = self.look([sequence], [drafts])[0] if looked is None else looked
-                sequence.evidence.saliency = looked[..., :seen]
-            elif oracle is not None and self.policy.selection == "query":
-                reduction = self.policy.group_reduction
-                sequence.evidence.saliency = oracle.row_saliencies(sequence.evicted_at, reduction)
-            elif oracle is not None:
-                by_chance, reduction = self.policy.weigh_rows, self.policy.group_reduction
-                sequence.evidence.saliency = oracle.lookahead_saliency(seen, by_chance, reduction)
-            self._retain(sequence)
-            if self.policy.tail_factor and oracle is not None and self.policy.selection == "block":
-                self._set_tail_terms(sequence, oracle)
-        compensates = self.policy.compensation != "none" and any(
-            layer.num_marginal for layer in sequence.target.layers
-        )
-        if compensates and oracle is not None and oracle.head_map is not None:
-            for layer, predicted in zip(sequence.target.layers, oracle.predictions(), strict=True):
-                if layer.num_marginal:
-                    layer.marginal_weights = marginal_weights(
-                        predicted.to(layer.k.device),
-                        layer.kept_positions,
-                        layer.marginal_positions,
-                        layer.tail_start,
-                        self.policy.compensation,
-                    )
-
-    def _keep_set(self, sequence: Sequence) -> None:
-        """The oracle does not read in this round: what the last one chose stays, its odds were for other queries."""
-        for layer in sequence.target.layers:
-            layer.tail_term = None
+        """What the coming verify pass reads (`planning.py`)."""
+        planning.plan(self, sequence, drafts, looked)
 
     def look(self, sequences: list[Sequence], drafts: list[list[int]]) -> list[Tensor]:
         """The target's true attention of the coming blocks, from every key: saliency (L, H_kv, N). Analysis only."""
@@ -590,7 +476,7 @@ class Decoder:
         if evidence.oracle is not None:
             evidence.saliency = evidence.oracle.interval_saliency(seen)
             evidence.oracle.refresh()
-        self._retain(sequence, self._waiting)
+        planning.retain(self, sequence, self.num_waiting)
 
     # --- the observation window ------------------------------------------------------------------------------------
 
@@ -611,7 +497,7 @@ class Decoder:
         for start in range(0, len(window), OBSERVED_CHUNK):
             chunk = window[start : start + OBSERVED_CHUNK]
             end = sequence.draft.seen + len(chunk)
-            rows = self._rows(len(chunk), end)
+            rows = self.new_rows(len(chunk), end)
             rows.start(end - len(chunk), len(chunk))
             self.forward(
                 self.draft_model, sequence.draft, chunk, AttentionCall(self.attention, rows=rows), num_logits=0
@@ -641,10 +527,12 @@ class Decoder:
             return room, None
         places = {layer: place for place, layer in enumerate(self.budgeted)}
         sizes = [
-            self.policy.tiers(limit, places[index], len(places)).critical if window is None else window + self._waiting
+            self.policy.tiers(limit, places[index], len(places)).critical
+            if window is None
+            else window + self.num_waiting
             for index, window in enumerate(self.windows)
         ]
-        return room, [min(count, limit) + self._waiting for count in sizes]
+        return room, [min(count, limit) + self.num_waiting for count in sizes]
 
     @property
     def budgeted(self) -> list[int]:
@@ -652,7 +540,7 @@ class Decoder:
         return [index for index, window in enumerate(self.windows) if window is None]
 
     @property
-    def _waiting(self) -> int:
+    def num_waiting(self) -> int:
         """Most tokens that are appended between two evictions, a verify block included."""
         return max(self.policy.evict_block + self.num_draft_tokens + 1, self._turn_limit)
 
@@ -666,54 +554,7 @@ class Decoder:
         """A pass over known tokens reads no further than the next eviction event."""
         return min(self._turn_limit, self.policy.evict_block - sequence.target.seen % self.policy.evict_block)
 
-    def _num_drafts(self, sequence: Sequence) -> int:
-        """Drafts are cut at the token limit and at the next eviction event (a verify pass must not see past it)."""
-        wanted = self.num_draft_tokens if sequence.decision is None else sequence.decision.num_draft_tokens
-        count = min(wanted, sequence.limit - len(sequence.tokens) - 1)
-        if self.policy.evicts:
-            block, seen = self.policy.evict_block, sequence.target.seen
-            count = min(count, block - seen % block - 1)
-        return count
-
-    def _retain(self, sequence: Sequence, room: int = 0) -> None:
-        """room: tokens that are appended before the next call, if more than what one verify block needs."""
-        layers = sequence.target.budgeted
-        plans: dict[int, Plan] = {}
-        for device in {layer.k.device for layer in layers}:
-            own = {i: sequence.target.layers[i] for i in self.budgeted if sequence.target.layers[i].k.device == device}
-            evidence = evidence_on(device, sequence.evidence)
-            plans |= zip(own, self.policy.plan_layers(own, evidence, sequence.evicted_at), strict=True)
-        start = time.perf_counter()
-        for layer in sequence.target.layers:
-            if layer.window is not None:
-                layer.slide(self._waiting)
-        for index, plan in plans.items():
-            sequence.target.layers[index].retain(*plan, room=room)
-        sequence.counters.recall_seconds += time.perf_counter() - start
-        kept = sum(layer.kept_positions.numel() for layer in layers)
-        sequence.counters.new_entries.append(sum(layer.num_new for layer in layers) / max(kept, 1))
-
-    def _set_tail_terms(self, sequence: Sequence, oracle: AttentionOracle) -> None:
-        """Of the layers with a head that is believed; `retain` left the others without a term."""
-        believed, first = oracle.believed_heads(BELIEVED_SIMILARITY), 0
-        concerned = believed.any(dim=1).tolist()
-        for predicted in oracle.mean_predictions():
-            indices = [i for i in range(first, first + len(predicted)) if concerned[i] and self.windows[i] is None]
-            for device in {sequence.target.layers[i].k.device for i in indices}:
-                own = [i for i in indices if sequence.target.layers[i].k.device == device]
-                self._set_terms(sequence, own, predicted[[i - first for i in own]], believed[own])
-            first += len(predicted)
-
-    def _set_terms(self, sequence: Sequence, indices: list[int], predicted: Tensor, believed: Tensor) -> None:
-        policy, saliency, layers = self.policy, sequence.evidence.saliency, sequence.target.layers
-        assert saliency is not None, "planned before"
-        own, device = [layers[index] for index in indices], layers[indices[0]].k.device
-        ranks, factor = saliency[indices].to(device), (policy.tail_factor * believed).to(device)
-        terms = tail_terms(predicted.to(device), ranks, own, policy.num_sink_tokens, factor, policy.tail_pool)
-        for layer, term in zip(own, terms, strict=True):
-            layer.tail_term = term
-
-    def _rows(self, num_rows: int, length: int) -> AttentionRows:
+    def new_rows(self, num_rows: int, length: int) -> AttentionRows:
         assert self.draft_model is not None
         config = self.draft_model.config
         return AttentionRows(
@@ -723,7 +564,7 @@ class Decoder:
     def _oracle(self, num_rows: int, capacity: int) -> AttentionOracle | None:
         if not self.policy.reads_draft:
             return None
-        rows = self._rows(num_rows, capacity)
+        rows = self.new_rows(num_rows, capacity)
         saved = self.head_map
         prior = Prior(saved, self.policy.map_rows) if saved is not None and self.policy.map_rows else None
         return AttentionOracle(rows, self.target.config.num_key_value_heads, prior, self.policy.lookahead)
@@ -786,13 +627,6 @@ class Decoder:
 def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
     """What a verify pass reads of each sequence: the last token and its drafts."""
     return [[sequence.tokens[-1], *own] for sequence, own in zip(sequences, drafts, strict=True)]
-
-
-def evidence_on(device: torch.device, evidence: Evidence) -> Evidence:
-    """For the layers on this device: the saliency lies on the draft's, and layers may be spread over several."""
-    if evidence.saliency is None or evidence.saliency.device == device:
-        return evidence
-    return replace(evidence, saliency=evidence.saliency.to(device))
 
 
 def full_cache(model: PreTrainedModel, capacity: int) -> TieredCache:

@@ -133,7 +133,7 @@ def test_drafted_rows_of_a_round_with_a_view_are_those_of_full_attention(
     """Also where a view begins after the first step only, as in a draft that had fallen behind."""
     monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
     if first_step == "reads all":
-        monkeypatch.setattr(Decoder, "_begin_view", lambda *_: None)
+        monkeypatch.setattr("specsmallkv.drafting._begin_view", lambda *_: None)
     decoder, sequence, generator = begun(target, draft, prompt, "drafted", viewed())
     with torch.inference_mode():
         decoder.decide(sequence)

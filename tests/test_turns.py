@@ -93,7 +93,7 @@ def test_the_drafts_rows_of_each_known_block_steer_the_targets_read_of_it(target
     """At every plan the oracle holds the draft's true attention of exactly the tokens that are read next."""
     policy = load_policy("specsmallkv", **SETTINGS)
     decoder, seen, evict_block = Decoder(target, draft, policy, num_draft_tokens), [], policy.evict_block
-    everything = decoder._rows(len(prompt), len(prompt))
+    everything = decoder.new_rows(len(prompt), len(prompt))
     with torch.inference_mode():
         sequence = Decoder(draft, None, load_policy("full"), 0).start(prompt, 1)
         everything.start(0, len(prompt))

@@ -1,0 +1,116 @@
+"""Plans: a verify block's critical set in every layer, what is recalled for it, and what evicted tokens still add.
+
+`plan` comes before each verify pass, `retain` also where a static policy evicts. Policies choose, caches move memory.
+"""
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import TieredLayer
+from .matching import marginal_weights
+from .oracle import AttentionOracle
+from .policies import Evidence, Plan, Policy
+from .tail_term import BELIEVED_SIMILARITY, tail_terms
+
+if TYPE_CHECKING:
+    from .decode import Decoder
+    from .sequence import Sequence
+
+
+def plan(decoder: "Decoder", sequence: "Sequence", drafts: list[int], looked: Tensor | None = None) -> None:
+    """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all.
+
+    looked: what `Decoder.look` gives, if somebody looked already.
+    """
+    policy, oracle = decoder.policy, sequence.evidence.oracle
+    if sequence.decision is not None and not sequence.decision.reads:
+        for layer in sequence.target.layers:
+            layer.tail_term = None  # the last set stays, its odds were for other queries
+        return
+    if policy.every_round and policy.due(sequence.evicted_at):
+        if policy.reads_target and looked is None:
+            looked = decoder.look([sequence], [drafts])[0]
+        sequence.evidence.saliency = saliency_ahead(policy, sequence, looked)
+        retain(decoder, sequence)
+        if policy.tail_factor and oracle is not None and policy.selection == "block":
+            _set_tail_terms(policy, sequence, oracle)
+    if policy.compensation != "none" and oracle is not None and oracle.head_map is not None:
+        _set_marginal_weights(policy, sequence, oracle)
+
+
+def saliency_ahead(policy: Policy, sequence: "Sequence", looked: Tensor | None) -> Tensor | None:
+    """Of the coming verify block, as `Evidence.saliency`: by the target's attention if it looked, else the draft's."""
+    oracle = sequence.evidence.oracle
+    if looked is not None:
+        return looked[..., : sequence.target.seen]
+    if oracle is None:
+        return sequence.evidence.saliency
+    if policy.selection == "query":
+        return oracle.row_saliencies(sequence.evicted_at, policy.group_reduction)
+    return oracle.lookahead_saliency(sequence.target.seen, policy.weigh_rows, policy.group_reduction)
+
+
+def retain(decoder: "Decoder", sequence: "Sequence", room: int = 0) -> None:
+    """Plan every layer and make the plans so. room: as `TieredLayer.retain`'s; 0: what one verify block needs."""
+    policy, layers = decoder.policy, dict(enumerate(sequence.target.layers))
+    budgeted = {index: layer for index, layer in layers.items() if layer.window is None}
+    plans: dict[int, Plan] = {}
+    for device, own in by_device(budgeted).items():
+        evidence = evidence_on(device, sequence.evidence)
+        plans |= zip(own, policy.plan_layers(own, evidence, sequence.evicted_at), strict=True)
+    start = time.perf_counter()
+    for layer in layers.values():
+        if layer.window is not None:
+            layer.slide(decoder.num_waiting)
+    for index, chosen in plans.items():
+        layers[index].retain(*chosen, room=room)
+    sequence.counters.recall_seconds += time.perf_counter() - start
+    kept = sum(layer.kept_positions.numel() for layer in budgeted.values())
+    sequence.counters.new_entries.append(sum(layer.num_new for layer in budgeted.values()) / max(kept, 1))
+
+
+def by_device(layers: dict[int, TieredLayer]) -> dict[torch.device, dict[int, TieredLayer]]:
+    """Layers may be spread over several devices; those of one are planned together."""
+    groups: dict[torch.device, dict[int, TieredLayer]] = {}
+    for index, layer in layers.items():
+        groups.setdefault(layer.k.device, {})[index] = layer
+    return groups
+
+
+def evidence_on(device: torch.device, evidence: Evidence) -> Evidence:
+    """For the layers on this device: the saliency lies on the draft's."""
+    if evidence.saliency is None or evidence.saliency.device == device:
+        return evidence
+    return replace(evidence, saliency=evidence.saliency.to(device))
+
+
+def _set_tail_terms(policy: Policy, sequence: "Sequence", oracle: AttentionOracle) -> None:
+    """Of the layers with a head that is believed; `retain` left the others without a term."""
+    believed, saliency, first = oracle.believed_heads(BELIEVED_SIMILARITY), sequence.evidence.saliency, 0
+    assert saliency is not None, "planned before"
+    concerned = believed.any(dim=1).tolist()
+    for predicted in oracle.mean_predictions():
+        layers = dict(enumerate(sequence.target.layers[first : first + len(predicted)]))
+        layers = {i: layer for i, layer in layers.items() if concerned[first + i] and layer.window is None}
+        for device, own in by_device(layers).items():
+            rows, indices = predicted[list(own)].to(device), [first + i for i in own]
+            factor = (policy.tail_factor * believed[indices]).to(device)
+            ranks = saliency[indices].to(device)
+            terms = tail_terms(rows, ranks, list(own.values()), policy.num_sink_tokens, factor, policy.tail_pool)
+            for layer, term in zip(own.values(), terms, strict=True):
+                layer.tail_term = term
+        first += len(predicted)
+
+
+def _set_marginal_weights(policy: Policy, sequence: "Sequence", oracle: AttentionOracle) -> None:
+    layers = sequence.target.layers
+    if not any(layer.num_marginal for layer in layers):
+        return
+    for layer, predicted in zip(layers, oracle.predictions(), strict=True):
+        if layer.num_marginal:
+            places = layer.kept_positions, layer.marginal_positions, layer.tail_start
+            layer.marginal_weights = marginal_weights(predicted.to(layer.k.device), *places, policy.compensation)
