@@ -52,7 +52,8 @@ class AttentionRows:
     def __init__(self, num_layers: int, num_heads: int, num_rows: int, length: int, device: torch.device):
         self.num_heads, self.first_position = num_heads, 0
         self.buffer = torch.zeros(num_layers * num_heads, num_rows, length, device=device)
-        self.num_rows, self.length, self.known = num_rows, length, True
+        self.num_rows = self.num_queries = num_rows
+        self.length, self.known = length, True
         self.chances = [1.0]
 
     def start(self, first_position: int, num_rows: int, known: bool = True) -> None:
@@ -60,7 +61,8 @@ class AttentionRows:
 
         known: their tokens are, so that one pass records all rows; of drafts it may leave out the last ones.
         """
-        self.first_position, self.num_rows, self.known = first_position, num_rows, known
+        self.first_position, self.known = first_position, known
+        self.num_rows = self.num_queries = num_rows  # the latter as it was before `narrow`
         self.length = first_position + num_rows
         self.chances = [1.0]
 

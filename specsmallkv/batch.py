@@ -47,7 +47,7 @@ class Row:
     pending: list[int] = field(default_factory=list)
 
     def begin(self, num_drafts: int) -> None:
-        """A new round: the draft has yet to read one token, or two after a block that was accepted whole."""
+        """A new round: the draft has yet to read one token, or those since it last read its whole cache."""
         self.num_drafts, self.drafts, self.probabilities = num_drafts, [], []
         self.pending = self.sequence.tokens[self.sequence.draft.seen :] if self.sequence.draft else []
 

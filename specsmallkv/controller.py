@@ -32,7 +32,7 @@ DRY_REPEATS = 2
 
 
 class Decision(NamedTuple):
-    """What a round does. reads: the oracle looks at the draft's rows and chooses anew (lookahead policies only).
+    """What a round does. reads: the oracle looks at the draft's rows; lookahead policies choose anew by them.
 
     view_size: tokens of its own cache that the draft's steps read (`draft_view.py`); 0: all.
     """
@@ -80,9 +80,13 @@ class Costs:
     verify: tuple[float, ...]
     first: float = 0.0
 
+    def reading(self, num_drafts: int) -> float:
+        """What the oracle adds to a round; where its first row is that of a drafting step, only the plan."""
+        return self.read + min(self.first, 0.0) * (num_drafts > 0)
+
     def round(self, num_drafts: int, reads: bool = True) -> float:
-        drafting = self.draft * num_drafts + self.first * (num_drafts > 0)
-        return drafting + self.read * reads + self.verify[num_drafts]
+        drafting = self.draft * num_drafts + max(self.first, 0.0) * (num_drafts > 0)
+        return drafting + self.reading(num_drafts) * reads + self.verify[num_drafts]
 
 
 @dataclass
@@ -126,7 +130,8 @@ def load_cost_table(source: str) -> CostTable:
         costs = [
             Costs(x["context"], x["draft"], x["read"], tuple(map(float, x["verify"])), x.get("first", 0)) for x in rows
         ]
-        if not costs or any(len(row.verify) < 2 or min(row.draft, row.read, *row.verify) < 0 for row in costs):
+        least = [min(row.draft, row.read, row.first + row.draft, *row.verify) for row in costs]
+        if not costs or min(least) < 0 or any(len(row.verify) < 2 for row in costs):
             raise ValueError("it has no costs")
     except OSError as error:
         raise UserError(f"speculation.cost_table={source} cannot be read ({error.strerror}); {remedy}.") from error
@@ -186,7 +191,6 @@ class Controller:
         chooses = policy.every_round and policy.selection == "block" and not policy.reads_target
         optional = chooses and history.read_at == sequence.evicted_at and policy.due(sequence.evicted_at)
         reads = not optional or history.unread + 1 >= (every or self.oracle_every)
-        reads = reads and not decoder.reads_later(sequence)
         history.unread, history.read_at = 0 if reads else history.unread + 1, sequence.evicted_at
         sequence.decision = Decision(count, reads, self.view_size)
 
@@ -215,7 +219,7 @@ class Adaptive(Controller):
         else:
             costs = self.table.at(context)
             count = next_count(costs, sequence.history, most)
-            cheap = costs.read < READ_SHARE * costs.round(count)
+            cheap = costs.reading(count) < READ_SHARE * costs.round(count)
             self._take(decoder, sequence, count, 1 if cheap else None)
 
 

@@ -45,7 +45,7 @@ TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each w
 class Decoder:
     """Decodes with one target, optionally a draft, under one policy.
 
-    num_draft_tokens: 0 turns speculation off; the draft then runs in lockstep as oracle, if the policy reads it.
+    num_draft_tokens: 0 turns speculation off; the draft is then the oracle alone, if the policy reads it.
     draft: may be None when neither speculation nor the policy needs one. attention: a name in attention.BACKENDS.
     head_map: of this pair from other texts, for policies that read the draft. controller: decides, round by round, how
     many of the `num_draft_tokens` are drafted and whether the oracle reads; None: all, always.
@@ -325,7 +325,7 @@ class Decoder:
         """What the coming round does, if it is not what the decoder is set to."""
         if self.controller is not None:
             self.controller.decide(self, sequence)
-        elif self.reads_later(sequence):
+        if self.reads_later(sequence):
             sequence.decision = Decision(0, reads=False)
 
     def reads_later(self, sequence: Sequence) -> bool:
@@ -348,7 +348,7 @@ class Decoder:
             oracle.add(summed_rows(self, draft, chunk), len(chunk))
 
     def draft(self, sequence: Sequence, generator: torch.Generator) -> tuple[list[int], list[Tensor | None]]:
-        """Drafts with their distributions; one step more, for the last one's rows, if the policy reads them."""
+        """Drafts with their distributions; one pass more if the policy reads rows that no drafting step records."""
         drafts: list[int] = []
         probabilities: list[Tensor | None] = []
         count = drafting.begin(self, sequence)

@@ -1,10 +1,10 @@
 """Two-speed drafting: steps of the draft read a small view of its own cache, one pass a round reads all of it.
 
 A view has the tokens that the draft's last full pass attended most, the most recent ones and what follows. Where the
-oracle reads, the draft reads the whole block again after its steps, in one pass over its full cache: that leaves exact
-keys and values, and exact rows to predict from. Elsewhere that pass is the next round's first step. So a round reads
-the draft's cache once instead of once a step, and what a view misses is other drafts (as with the sparse drafts of
-TriForce, arXiv 2404.11912, and MagicDec, arXiv 2408.11049). A draft with sliding windows has no view.
+oracle reads more than a first row, the draft reads the block again after its steps, in one pass over its full cache:
+that leaves exact keys and values, and exact rows to predict from. Elsewhere that pass is the next round's first step.
+So a round reads the draft's cache once instead of once a step, and what a view misses is other drafts (as with the
+sparse drafts of TriForce, arXiv 2404.11912, and MagicDec, arXiv 2408.11049). A draft with sliding windows has no view.
 """
 
 import torch

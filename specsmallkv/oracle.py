@@ -61,7 +61,9 @@ class AttentionOracle:
     @property
     def num_rows(self) -> int:
         """Of the block, how many decide; of known tokens all, which one pass of the draft reads anyway."""
-        return self.block.num_rows if self.block.known else rows_ahead(self.lookahead, self.block.num_rows)
+        if self.block.known:
+            return self.block.num_rows
+        return min(rows_ahead(self.lookahead, self.block.num_queries), self.block.num_rows)
 
     @property
     def rows(self) -> Tensor:

@@ -59,7 +59,7 @@ def retain(decoder: "Decoder", sequence: "Sequence", room: int = 0) -> None:
     policy, layers = decoder.policy, dict(enumerate(sequence.target.layers))
     budgeted = {index: layer for index, layer in layers.items() if layer.window is None}
     plans: dict[int, Plan] = {}
-    for device, own in by_device(budgeted).items():
+    for (device, _), own in alike(budgeted).items():
         evidence = evidence_on(device, sequence.evidence)
         plans |= zip(own, policy.plan_layers(own, evidence, sequence.evicted_at), strict=True)
     start = time.perf_counter()
@@ -73,11 +73,11 @@ def retain(decoder: "Decoder", sequence: "Sequence", room: int = 0) -> None:
     sequence.counters.new_entries.append(sum(layer.num_new for layer in budgeted.values()) / max(kept, 1))
 
 
-def by_device(layers: dict[int, TieredLayer]) -> dict[torch.device, dict[int, TieredLayer]]:
-    """Layers may be spread over several devices; those of one are planned together."""
-    groups: dict[torch.device, dict[int, TieredLayer]] = {}
+def alike(layers: dict[int, TieredLayer]) -> dict[tuple[torch.device, int], dict[int, TieredLayer]]:
+    """Layers by device and number of kept tokens; those of one group are worked on together."""
+    groups: dict[tuple[torch.device, int], dict[int, TieredLayer]] = {}
     for index, layer in layers.items():
-        groups.setdefault(layer.k.device, {})[index] = layer
+        groups.setdefault((layer.k.device, layer.num_kept), {})[index] = layer
     return groups
 
 
@@ -96,7 +96,7 @@ def _set_tail_terms(policy: Policy, sequence: "Sequence", oracle: AttentionOracl
     for predicted in oracle.mean_predictions():
         layers = dict(enumerate(sequence.target.layers[first : first + len(predicted)]))
         layers = {i: layer for i, layer in layers.items() if concerned[first + i] and layer.window is None}
-        for device, own in by_device(layers).items():
+        for (device, _), own in alike(layers).items():
             rows, indices = predicted[list(own)].to(device), [first + i for i in own]
             factor = (policy.tail_factor * believed[indices]).to(device)
             ranks = saliency[indices].to(device)

@@ -153,7 +153,7 @@ class Policy(ABC):
 
     def compensates(self, evidence: Evidence) -> bool:
         """Whether verify passes may add marginal values, by the draft's rows for their own queries."""
-        return False
+        return self.marginal_share > 0 and self.compensation != "none"
 
     def layer_shares(self, num_layers: int) -> list[float]:
         """What each layer gets of the budget, relative to the others; not negative."""
@@ -401,8 +401,7 @@ class SmallKV(DraftPolicy):
         return self.own_share > 0
 
     def compensates(self, evidence: Evidence) -> bool:
-        odds = self.marginal_share > 0 and self.compensation != "none"
-        return odds and evidence.trusts_odds(self.marginal_similarity)
+        return super().compensates(evidence) and evidence.trusts_odds(self.marginal_similarity)
 
     def predicted_score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
         by_draft = super().predicted_score(index, layer, candidates, evidence)
@@ -525,7 +524,9 @@ class Lookahead(DraftPolicy):
         self, layers: dict[int, TieredLayer], evidence: Evidence, evicted_at: int | None = None
     ) -> list[Plan]:
         """All at once where the draft chooses for a block: the layers then rank the same positions for equal sizes."""
-        if self.selection == "query" or not evidence.trusts_draft or evicted_at is None:
+        hooks = ("plan", "score", "predicted_score", "tiers", "layer_shares")
+        changed = any(getattr(type(self), hook) is not getattr(Lookahead, hook) for hook in hooks)
+        if changed or self.selection == "query" or not evidence.trusts_draft or evicted_at is None:
             return super().plan_layers(layers, evidence, evicted_at)
         assert evidence.saliency is not None, "saliency is filled before planning"
         tail_start = evicted_at - min(self.window_size, evicted_at)

@@ -90,7 +90,7 @@ class Sequence:
     settled: bool = False  # the draft has read the prompt and static policies have compressed it
     logits: Tensor | None = None  # of the last verify pass, (k + 1, V), or of the prompt's end, (1, V): for observers
     counters: Counters = field(default_factory=Counters)
-    decision: Decision | None = None  # of the controller, for the present round; None: as the decoder is set
+    decision: Decision | None = None  # for the present round; None: as the decoder is set
     history: History = field(default_factory=History)
     view: DraftView | None = None  # what the draft's steps read while it is open, instead of the whole cache
     reread: bool = False  # in the present round the draft has read the block once more, for rows

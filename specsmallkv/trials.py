@@ -198,7 +198,7 @@ class Base:
         if cache is None or not self.needs_rows:
             return following
         if oracle is not None:
-            oracle.block.start(position, count + 1, known=gold)
+            oracle.block.start(position, count + 1, known=False)
         call = AttentionCall(decoder.attention, rows=oracle.block if oracle else None)
         tokens = text[position : position + 1]
         if gold:

@@ -45,12 +45,18 @@ def test_budget_one_equals_transformers_generate_on_every_architecture(architect
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("budget", [0.15, 0.4, 0.8])
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", [*STATIC, "smallkv without odds"])
 def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, name, budget):
-    """Invariant 2, greedy; budgets small enough to evict many times, prompts long and short."""
+    """Invariant 2, greedy; budgets small enough to evict many times, prompts long and short.
+
+    Without odds the draft waits where nobody wants its drafts.
+    """
     for length in (5, 150):
         settings = {"kv_budget": budget, "evict_block": 16, "window_size": 8}
-        plain, _ = decode(target, draft, load_policy(name, **settings), 0, prompt[:length])
+        settings |= {"marginal_share": 0.0} if name.endswith("odds") else {}
+        name = name.partition(" ")[0]
+        plain, waited = decode(target, draft, load_policy(name, **settings), 0, prompt[:length])
+        assert (waited.counters.catch_ups > 0) == ("marginal_share" in settings)
         speculated, sequence = decode(target, draft, load_policy(name, **settings), 4, prompt[:length])
         assert plain == speculated
         assert 0 < sequence.counters.accepted < sequence.counters.drafted, "some drafts pass, some do not"

@@ -167,12 +167,29 @@ def test_short_contexts_have_no_view(target, draft, prompt):
 
 
 def test_scratch_of_a_view_is_in_the_record_and_in_the_plan(tmp_path):
-    for name in ("specsmallkv", "snapkv"):
-        asked = [f"policy={name}", "policy.kv_budget=0.3", "max_new_tokens=40", "speculation.draft_view_size=16"]
+    drafted = [
+        "policy=specsmallkv",
+        "policy.lookahead=drafted",
+    ]  # whose view begins at 32 x 24 tokens only, more than LENGTH
+    first = ["policy=specsmallkv", "policy.lookahead=first"]
+    cases = {
+        "snapkv": (["policy=snapkv"], True),
+        "block": (["policy=specsmallkv"], True),
+        "drafted": ([*drafted, "speculation.draft_view_size=24"], False),
+        "in rounds that do not read": (
+            [*drafted, "speculation.oracle_every=2", "speculation.draft_view_size=24"],
+            True,
+        ),
+        "first": (first, True),
+        "first, one draft": ([*first, "speculation.num_draft_tokens=1"], False),
+    }
+    for name, (settings, opens) in cases.items():
+        asked = ["policy.kv_budget=0.3", "max_new_tokens=40", *settings]
+        asked += [] if any("view_size" in x for x in settings) else ["speculation.draft_view_size=16"]
         run = run_task(*TINY, *asked, f"prompt='{TEXT}'", f"run_dir={tmp_path}")
-        without = run_task(*TINY, *asked[:-1], f"prompt='{TEXT}'", f"run_dir={tmp_path}")
-        assert run["prompt_tokens"] == LENGTH and run["scratch_bytes"] > without["scratch_bytes"]
-        assert planned(*asked)["scratch_bytes"] == pytest.approx(run["scratch_bytes"], rel=0.05)
+        without = run_task(*TINY, *asked[:-1], f"prompt='{TEXT}'", f"run_dir={tmp_path}")  # a view of 512: too short
+        assert run["prompt_tokens"] == LENGTH and (run["scratch_bytes"] > without["scratch_bytes"]) == opens, name
+        assert planned(*asked)["scratch_bytes"] == pytest.approx(run["scratch_bytes"], rel=0.05), name
 
 
 @pytest.mark.parametrize("name", ["snapkv", "specsmallkv"])

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from specsmallkv import SpecSmallKV, load_policy
+from specsmallkv.controller import Controller
 from specsmallkv.decode import Decoder
+from specsmallkv.oracle import LOOKAHEADS
 from specsmallkv.tasks.fidelity_results import mean
 from specsmallkv.tasks.grid import neediest
-from specsmallkv.trials import Block, advance, open_trial, prefill_once
+from specsmallkv.trials import Block, advance, open_trial, prefill_once, read_on
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
@@ -110,10 +112,11 @@ def test_gold_blocks_are_the_text_and_drafted_ones_the_drafts_cut_where_any_poli
     assert len(base.draft(text, 123, gold=True)) == 2, "snapkv evicts at 126"
 
 
-@pytest.mark.parametrize("name", ["specsmallkv", "query", "smallkv", "oracle"])
+@pytest.mark.parametrize("name", ["specsmallkv", "drafted", "first", "query", "smallkv", "oracle"])
 @torch.inference_mode()
 def test_a_trial_scores_what_decoding_verifies_though_it_reads_no_rejected_draft(name):
-    policy = load_policy("specsmallkv", selection="query") if name == "query" else load_policy(name)
+    variants = {"query": {"selection": "query"}} | {kind: {"lookahead": kind} for kind in ("drafted", "first")}
+    policy = load_policy("specsmallkv", **variants[name]) if name in variants else load_policy(name)
     policy.kv_budget = 0.3
     spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
     text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -134,3 +137,51 @@ def test_a_trial_scores_what_decoding_verifies_though_it_reads_no_rejected_draft
     verified = decoder.verify(sequence, drafts)
     assert len(drafts) == 3 and scored[0].shape[0] == 2
     torch.testing.assert_close(scored[0], verified[:2], atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_trials_that_share_a_block_of_rows_read_what_each_looks_ahead_to():
+    """Also of gold blocks, whose rows all come in one pass."""
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
+    policies = [load_policy("specsmallkv", kv_budget=0.3, lookahead=kind) for kind in LOOKAHEADS]
+    base = prefill_once(spec, policies[0], text, 240, policies)
+    for gold in (False, True):
+        trials = [open_trial(base, policy) for policy in (load_policy("full"), *policies)]
+        drafts = base.draft(text, 240, gold)
+        assert len(drafts) == 3
+        assert [trial.sequence.evidence.oracle.num_rows for trial in trials[1:]] == [4, 3, 1]
+        advance(base, trials, text, Block(240, drafts, 2, proposed=not gold, measure=False))
+        kept = [trial.sequence.target.layers[0].kept_positions for trial in trials[1:]]
+        assert not torch.equal(kept[0], kept[2]) and not torch.equal(kept[1], kept[2])
+        assert [trial.sequence.evidence.oracle._count for trial in trials[1:]] == [34.0, 34.0, 33.0]
+        base.rewind(240)
+
+
+@pytest.mark.parametrize("controller", [None, Controller(view_size=512)])
+@torch.inference_mode()
+def test_rows_of_a_trial_without_speculation_count_though_a_decoders_draft_would_wait(controller, monkeypatch):
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32", num_draft_tokens=0)
+    policy = load_policy("smallkv", kv_budget=0.3, marginal_share=0.0, evict_block=8)
+    monkeypatch.setattr(spec, "controller", controller)
+    text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
+    base = prefill_once(spec, policy, text, 240, [policy])
+    (trial,) = read_on(base, [policy], text, gold=True)
+
+    decoder = spec.decoder(policy=policy)
+    sequence = decoder.start(text[:240], 20)
+    decoder.prefill(sequence)
+    decoder.settle(sequence)
+    for end in range(241, 257):
+        sequence.tokens = text[:end]
+        decoder.decide(sequence)
+        assert decoder.draft(sequence, torch.Generator())[0] == []
+        decoder.plan(sequence, [])
+        decoder.verify(sequence, [])
+        decoder.rollback(sequence, 0)
+        decoder.evict(sequence)
+    ours, theirs = trial.sequence.evidence.oracle, sequence.evidence.oracle
+    assert sequence.counters.catch_ups == 2 and trial.sequence.evicted_at == sequence.evicted_at == 256
+    assert ours._count - (len(text) - 1 - 256) == theirs._count
+    for a, b in zip(trial.sequence.target.layers, sequence.target.layers, strict=True):
+        assert torch.equal(a.kept_positions, b.kept_positions)

@@ -147,8 +147,30 @@ def test_drafted_rows_of_a_round_with_a_view_are_those_of_full_attention(
     torch.testing.assert_close(rows, everything, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_of_drafting_steps_use_a_view_on_longer_caches_only():
+@pytest.mark.parametrize(
+    ("lookahead", "drafts", "opens"),
+    [("block", 1, True), ("drafted", 3, False), ("first", 1, False), ("first", 2, True)],
+)
+def test_rows_of_drafting_steps_use_a_view_on_longer_caches_only(target, draft, prompt, lookahead, drafts, opens):
     assert is_viewed(16, 128) and not is_viewed(16, 511, True) and is_viewed(16, 512, True)
+    _, sequence, _ = begun(target, draft, prompt, lookahead, viewed(), drafts)
+    assert len(prompt) < 512 and (sequence.view is not None) == opens
+
+
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_a_view_that_costs_a_pass_has_to_save_one(target, draft, prompt, monkeypatch, drafts):
+    monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
+    _, sequence, _ = begun(target, draft, prompt, "drafted", viewed(), drafts)
+    assert (sequence.view is not None) == (drafts == 2)
+
+
+def test_a_branch_looks_ahead_as_its_own_policy_does(target, draft, prompt):
+    first, block = (Decoder(target, draft, policy_of("specsmallkv", lookahead=kind), 3) for kind in ("first", "block"))
+    with torch.inference_mode():
+        base = block.start(prompt, 20)
+        block.prefill(base)
+        block.prefill_draft(base)
+        assert first.branch(base).evidence.oracle.lookahead == "first"
 
 
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
@@ -258,15 +280,22 @@ def test_it_reads_at_every_step_where_its_rows_weigh_values_or_it_drafts(target,
 
 @pytest.mark.parametrize("controller", [None, Controller()])
 def test_a_later_turn_finds_a_draft_that_has_read_all(target, draft, prompt, monkeypatch, controller):
-    texts = []
+    texts, counts = [], []
     for waits in (True, False):
         if not waits:
             reading_at_every_step(monkeypatch)
         decoder = Decoder(target, draft, without_odds(), 0, controller=controller)
         *_, (_, first) = decoder.generate(prompt, 25)
-        again = [*first.tokens, *prompt[:40]]
-        texts.append([token for round_, _ in decoder.generate(again, 40, continues=first) for token in round_.tokens])
-    assert texts[0] == texts[1]
+        assert (first.draft.seen < first.target.seen) == waits
+        with torch.inference_mode():
+            sequence = decoder.resume(first, [*first.tokens, *prompt[:40]], 40)
+            decoder.extend(sequence, prompt[:3])
+        assert sequence.draft.seen == sequence.target.seen
+        counts.append((sequence.evidence.oracle._count, float(sequence.evidence.oracle._sum.sum())))
+        again = [*sequence.tokens, *prompt[:40]]
+        rounds = decoder.generate(again, 40, continues=sequence)
+        texts.append([token for round_, _ in rounds for token in round_.tokens])
+    assert texts[0] == texts[1] and counts[0] == pytest.approx(counts[1])
 
 
 def test_rows_of_a_batch_whose_drafts_wait_equal_their_prompts_alone(target, draft):

@@ -169,6 +169,47 @@ def test_marginal_tokens_need_a_head_map_that_matches_well():
         assert layer.num_kept + layer.num_marginal / 2 == pytest.approx(0.2 * N - policy.window_size, abs=1)
 
 
+@pytest.mark.parametrize("tail", [0, 9])
+@pytest.mark.parametrize("budget", [0.03, 0.3, 0.9])
+def test_layers_planned_together_get_the_plans_that_each_gets_alone(budget, tail):
+    """Some of the layers, as where they are spread over devices; `tail` tokens came since the last eviction."""
+    policy, generator = load_policy("specsmallkv", kv_budget=budget), torch.Generator().manual_seed(2)
+    saliency = torch.rand(4, H_KV, 2 * N, generator=generator)
+    evidence = replace(evidence_of(8, saliency), budgeted=[0, 1, 2, 3])
+    layers = {index: layer_of(N + tail, "offload") for index in (3, 1)}
+    for index, plan in zip(layers, policy.plan_layers(layers, evidence, N), strict=True):
+        alone = policy.plan(index, layers[index], evidence, N)
+        assert torch.equal(plan.critical, alone.critical) and plan.tail_start == alone.tail_start
+        assert plan.marginal.shape == alone.marginal.shape and plan.row_mask is None
+    assert not torch.equal(*(plan.critical for plan in policy.plan_layers(layers, evidence, N))) or budget < 0.1
+
+
+@pytest.mark.parametrize("hook", ["score", "predicted_score", "layer_shares", "plan"])
+def test_a_subclass_of_specsmallkv_is_asked_layer_by_layer(hook):
+    class Mine(Lookahead):
+        asked = 0
+
+    def asks(self, *args):
+        Mine.asked += 1
+        return getattr(Lookahead, hook)(self, *args)
+
+    setattr(Mine, hook, asks)
+    policy, saliency = Mine(name="mine", kv_budget=0.3), torch.rand(2, H_KV, 2 * N)
+    evidence = replace(evidence_of(8, saliency), budgeted=[0, 1])
+    policy.plan_layers({index: layer_of(N, "offload") for index in range(2)}, evidence, N)
+    assert Mine.asked >= 2
+
+
+def test_a_policy_that_spends_bytes_on_marginal_values_needs_the_drafts_rows_at_every_step():
+    class Plain(SnapKV):
+        marginal_share, compensation = 0.2, "raw"
+
+    assert Plain(name="plain").compensates(evidence_of(8)) and not load_policy("snapkv").compensates(evidence_of(8))
+    assert load_policy("smallkv_paper").compensates(evidence_of(8))
+    assert not load_policy("smallkv", marginal_share=0.0).compensates(evidence_of(8))
+    assert not load_policy("smallkv", compensation="none").compensates(evidence_of(8))
+
+
 def test_snapkv_freezes_the_prompts_scores():
     policy = load_policy("snapkv")
     layer, evidence = layer_of(N, "drop"), evidence_of(policy.window_size)

@@ -6,8 +6,9 @@ from conftest import run_task
 
 from specsmallkv.errors import UserError
 from specsmallkv.linear import can_pack
+from specsmallkv.oracle import LOOKAHEADS
 from specsmallkv.sequence import Round
-from specsmallkv.tasks import roofline
+from specsmallkv.tasks import roofline, throughput
 from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
 
 STOCK = ["transformers", "assisted", "prompt_lookup"]
@@ -145,6 +146,25 @@ def test_prompts_of_a_batch_are_decoded_together_as_each_is_alone(tmp_path):
         assert own["bytes_per_token"] < sum(row["bytes_per_token"] for row in each) / 3  # weights are shared
     assert row(batch, "transformers")["token_ids"] == row(batch, "full")["token_ids"]
     assert row(batch, "full+draft")["acceptance_length"] == NEW / 3
+
+
+def test_passes_of_the_draft_are_counted_whether_they_record_rows_or_catch_up(tmp_path, monkeypatch):
+    """An eviction event comes at 160 of the 150 + 12 tokens."""
+    seen, original = {}, throughput.roofline
+
+    def watched(machine, run, *models):
+        drafted = sum(own.num_drafted for own in run.rounds)
+        seen[len(seen)] = (run.steps, run.headless, len(run.rounds), drafted)
+        return original(machine, run, *models)
+
+    monkeypatch.setattr(throughput, "roofline", watched)
+    systems = ["smallkv:marginal_share=0", *(f"specsmallkv:lookahead={kind}+draft" for kind in LOOKAHEADS)]
+    run(tmp_path, f"task.systems=[{','.join(map(repr, systems))}]", "policy.evict_block=16", "task.repeats=1")
+    assert seen[0][:2] == (1, 1)
+    for number, kind in enumerate(LOOKAHEADS, start=1):
+        steps, headless, rounds, drafted = seen[number]
+        assert drafted > 5 and steps == drafted + headless, kind
+        assert headless == rounds if kind == "block" else headless < rounds / 2, "only where nothing is drafted"
 
 
 def test_two_batches_are_two_measurements(tmp_path):

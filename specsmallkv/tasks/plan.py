@@ -45,6 +45,7 @@ class Plan:
     draft_weight_bytes: int
     device: torch.device
     view_size: int  # speculation.draft_view_size
+    oracle_every: int  # speculation's
 
     def row(self, context: int, new_tokens: int, batch_size: int) -> dict[str, Any]:
         """Bytes of a run of so many prompt and new tokens in each of `batch_size` rows; keys as in a run's record."""
@@ -165,10 +166,10 @@ class Plan:
     def _view_bytes(self, capacity: int, oracle_reads: bool) -> int:
         """What drafting steps read instead of a long cache, and the row that chose it where no oracle has rows."""
         lookahead = self.policy.lookahead if oracle_reads else "first"  # a first step then reads the whole cache
-        steps = self.num_draft_tokens - (lookahead == "first")
+        steps = self.num_draft_tokens - (lookahead != "block")
         if self.draft is None or steps < 1 or any(layer_windows(self.draft.config)):
             return 0
-        if not is_viewed(self.view_size, capacity, lookahead == "drafted"):
+        if not is_viewed(self.view_size, capacity, lookahead == "drafted" and self.oracle_every == 1):
             return 0
         config, slots = self.draft.config, self.view_size + self.num_draft_tokens + 2
         row = 0 if oracle_reads else 4 * config.num_hidden_layers * config.num_attention_heads * capacity
@@ -243,8 +244,10 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
         draft_bytes = weight_bytes(draft, dtype, linear == "packed")
     for model in filter(None, (target, draft)):
         model.to(dtype)
-    view_size = config.speculation.draft_view_size
-    plan = Plan(target, draft, config.policy, num_draft_tokens, dtype, target_bytes, draft_bytes, device, view_size)
+    view_size, every = config.speculation.draft_view_size, config.speculation.oracle_every
+    plan = Plan(
+        target, draft, config.policy, num_draft_tokens, dtype, target_bytes, draft_bytes, device, view_size, every
+    )
     return plan, linear
 
 
