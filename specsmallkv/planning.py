@@ -28,9 +28,7 @@ def plan(decoder: "Decoder", sequence: "Sequence", drafts: list[int], looked: Te
     """
     policy, oracle = decoder.policy, sequence.evidence.oracle
     if sequence.decision is not None and not sequence.decision.reads:
-        for layer in sequence.target.layers:
-            layer.tail_term = None  # the last set stays, its odds were for other queries
-        return
+        return  # the last set stays, with its tail terms
     if policy.every_round and policy.due(sequence.evicted_at):
         if policy.reads_target and looked is None:
             looked = decoder.look([sequence], [drafts])[0]

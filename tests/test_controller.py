@@ -161,19 +161,20 @@ def test_measuring_leaves_no_trace(target, draft, prompt, name):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
 
 
-def test_an_oracle_that_reads_every_third_round_keeps_its_set_in_between(target, draft, prompt):
+def test_an_oracle_that_reads_every_third_round_keeps_its_set_and_tail_terms_in_between(target, draft, prompt):
     """But after each eviction event it reads, so that bytes stay within their bound; nothing else notices."""
     policy = load_policy("specsmallkv", **SETTINGS)
     decoder = Decoder(target, draft, policy, 3, controller=Controller(oracle_every=3))
-    held, reads = [], []
+    held, reads, terms = [], [], None
     for round_, sequence in decoder.generate(prompt, NEW):
         if sequence.decision is None:
             continue
         kept = [layer.kept_positions for layer in sequence.target.layers]
         if held and not sequence.decision.reads:
             assert all(torch.equal(a, b) for a, b in zip(held[-1], kept, strict=True))
-            assert all(layer.tail_term is None for layer in sequence.target.layers)
+            assert [id(layer.tail_term) for layer in sequence.target.layers] == terms
         held.append(kept)
+        terms = [id(layer.tail_term) for layer in sequence.target.layers]
         reads.append(sequence.decision.reads)
         entry = sequence.target.full_nbytes / sequence.target.seen
         assert sequence.target.nbytes <= 0.3 * sequence.target.full_nbytes + (16 + 4) * entry
