@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows a question mark
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the line of code that warns
-    return run_command_line(run, sys.argv[1:] if argv is None else argv)
+    sweep.current = sweep.Sweep()
+    code = run_command_line(run, sys.argv[1:] if argv is None else argv)
+    return code or int(sweep.current.elsewhere and sweep.current.failed > 0)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,24 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+CLOCK_TICK = 0.1  # s; file times are coarser than the clock
+
 
 @dataclass
 class Sweep:
-    """One process's sweep. total: its points, None if they cannot be counted; known: records by hash, once read."""
+    """One process's sweep. total: its points, None if they cannot be counted; known: records by hash, once read.
+
+    began: wall-clock time, beside which records of points that ran in other processes are told from older ones.
+    """
 
     total: int | None = None
     ended: int = 0
     skipped: int = 0
     failed: int = 0
     started: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=time.time)
     known: dict[str, Path] | None = None
+    elsewhere: bool = False
 
     def finished(self, directory: Path, config_hash: str) -> Path | None:
         """The record of this configuration in the sweep's directory, if there is one."""
@@ -39,9 +46,15 @@ class Sweep:
             self.known = {r["config_hash"]: path for path, r in records.items() if is_finished(r)}
         return self.known.get(config_hash)
 
+    def gather(self, directory: Path) -> None:
+        """Points ran in other processes (a launcher's): how many failed is what their records say."""
+        self.elsewhere, self.ended = True, self.total or 0
+        written = [path for path in directory.rglob("record.json") if path.stat().st_mtime >= self.began - CLOCK_TICK]
+        self.failed = sum(read_record(path).get("error") is not None for path in written)
+
     def line(self) -> str:
         """`3 of 12 points, 1 of them done before, 1 failed; 0:00:42 gone, about 0:02:06 to go`."""
-        counted = f"{self.ended} of {self.total} points" if self.total else f"{self.ended} points"
+        counted = f"{self.ended} of {self.total} points" if self.total else f"{self.ended} points of this process"
         done_before = f", {self.skipped} of them done before" if self.skipped else ""
         failed = f", {self.failed} failed" if self.failed else ""
         gone = time.perf_counter() - self.started
@@ -59,6 +72,12 @@ class Progress(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
         current = Sweep(count_points(config))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not current.ended:
+            current.gather(Path(config.hydra.sweep.dir))
+            if not config.quiet:
+                print(current.line(), file=sys.stderr, flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode and config.hydra.mode.name == "MULTIRUN":

@@ -129,4 +129,26 @@ def test_an_interrupted_or_damaged_record_is_not_done(tmp_path):
 def test_the_time_to_go_is_that_of_points_really_run(monkeypatch):
     known = Sweep(total=10, ended=4, skipped=2, failed=1, started=time.perf_counter() - 60)
     assert known.line() == "4 of 10 points, 2 of them done before, 1 failed; 0:01:00 gone, about 0:03:00 to go"
-    assert Sweep(total=None, ended=2, started=time.perf_counter()).line() == "2 points; 0:00:00 gone"
+    assert Sweep(total=None, ended=2, started=time.perf_counter()).line() == "2 points of this process; 0:00:00 gone"
+
+
+def test_points_in_other_processes_leave_the_same_records_and_the_exit_code_tells_of_a_failed_one(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    loky = pytest.importorskip("joblib.externals.loky")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    points = ["policy.kv_budget=0.2,7,0.4"]
+    beside = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert sweep(tmp_path / "alone", *points) == 2
+    assert sweep(tmp_path / "beside", *points, *beside) == 1
+    alone, others = (results(tmp_path / name) for name in ("alone", "beside"))
+    assert {key: row[-1] for key, row in alone.items()} == {key: row[-1] for key, row in others.items()}, "errors too"
+    assert len(others) == 3
+    records = (tmp_path / "beside").rglob("record.json")
+    times = {path: path.stat().st_mtime for path in records if json.loads(path.read_text()).get("error") is None}
+    loky.get_reusable_executor().shutdown(wait=True)  # as between two commands
+    assert sweep(tmp_path / "beside", "policy.kv_budget=0.2,0.4", *beside) == 0, (
+        "an older failure is none of this sweep"
+    )
+    assert len(times) == 2 and all(path.stat().st_mtime == before for path, before in times.items())
