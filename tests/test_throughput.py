@@ -11,7 +11,7 @@ from specsmallkv.sequence import Round
 from specsmallkv.tasks import roofline, throughput
 from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
 
-STOCK = ["transformers", "assisted", "prompt_lookup"]
+STOCK = ["transformers", "static", "assisted", "prompt_lookup"]
 OURS = ["full", "full+draft", "snapkv", "snapkv+draft", "specsmallkv+draft"]
 CONTEXT, NEW, REPEATS = 150, 12, 2
 
@@ -127,7 +127,7 @@ def test_weights_are_of_the_type_that_any_other_task_would_choose(tmp_path, monk
     assert (record["dtype"], record["linear"]) == (("bfloat16", "packed") if packs else ("float32", "torch"))
 
 
-BATCHED = ["transformers", "full", "full+draft", "snapkv", "smallkv", "specsmallkv+draft"]
+BATCHED = ["transformers", "static", "full", "full+draft", "snapkv", "smallkv", "specsmallkv+draft"]
 
 
 def test_prompts_of_a_batch_are_decoded_together_as_each_is_alone(tmp_path):

@@ -30,7 +30,17 @@ from .generate import setting_figures
 from .grid import neediest, policy_grid
 from .roofline import Machine, measure_machine, roofline
 from .texts import passage
-from .throughput_systems import ADAPTS, SPECULATES, STOCK, OwnSystem, Prompt, Run, StockSystem, read_prompt
+from .throughput_systems import (
+    ADAPTS,
+    ONE_BY_ONE,
+    SPECULATES,
+    STOCK,
+    OwnSystem,
+    Prompt,
+    Run,
+    StockSystem,
+    read_prompt,
+)
 
 Row = dict[str, Any]
 LEFT_OUT = object()
@@ -84,10 +94,10 @@ class ThroughputTask:
         if not self.systems or len(set(self.systems)) < len(self.systems):
             raise UserError(f"task.systems=[{','.join(self.systems)}] is empty or names one twice; name each once.")
         older = Version(transformers.__version__) < Version("5.3")
-        if assisted := [name for name in self.systems if name in STOCK[1:] and older]:
+        if newer := [name for name in self.systems if name in STOCK[1:] and older]:
             raise UserError(
-                f"task.systems={assisted[0]} needs transformers 5.3 or newer, since {transformers.__version__} starts "
-                "assisted generation from an empty cache only; leave it out."
+                f"task.systems={newer[0]} needs transformers 5.3 or newer, since {transformers.__version__} cannot "
+                "begin it with a prompt's cache; leave it out."
             )
 
     @torch.inference_mode()
@@ -156,7 +166,7 @@ class ThroughputTask:
             )
         if size > 1 and any(name in STOCK for name in self.systems):
             lengths = sorted(set(map(len, prompts)))
-            if alone := [name for name in self.systems if name in STOCK[1:]]:
+            if alone := [name for name in self.systems if name in ONE_BY_ONE]:
                 raise UserError(
                     f"task.systems={alone[0]} decodes one prompt at a time; leave it out, or use batch_size=1."
                 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.utils import logging as transformers_logging
 
 from ..batch import BatchDecoder, Job, Row
@@ -23,7 +23,8 @@ from ..linear import Slot, exchange
 from ..memory import peak_memory_bytes, reset_peak_memory
 from ..sequence import Counters, Round, Sequence
 
-STOCK = ("transformers", "assisted", "prompt_lookup")
+STOCK = ("transformers", "static", "assisted", "prompt_lookup")
+ONE_BY_ONE = ("assisted", "prompt_lookup")  # of these, what takes no batch
 SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with speculation, fixed or by the controller
 
 
@@ -166,7 +167,10 @@ class OwnSystem:
 
 
 class StockSystem:
-    """transformers' `generate` on its own cache, filled from the prompt's. originals: unpacked layers to put back."""
+    """transformers' `generate` on its own cache, filled from the prompt's. originals: unpacked layers to put back.
+
+    "static" is its cache of fixed size, the others take the one that grows.
+    """
 
     def __init__(
         self,
@@ -189,7 +193,8 @@ class StockSystem:
         known = [[*prompt.base.tokens, int(prompt.logits.argmax())] for prompt in self.prompts]
         bases, length = [prompt.base for prompt in self.prompts], len(known[0]) - 1
         ids = torch.tensor(known, device=self.model.device)
-        cache, run = dynamic_cache([base.target for base in bases], length), Run()
+        empty = StaticCache(self.model.config, length + num_tokens + 1) if self.name == "static" else DynamicCache()
+        cache, run = filled([base.target for base in bases], length, empty), Run()
         with ExitStack() as stack:
             for model in filter(None, (self.model, self.draft)):
                 stack.enter_context(stock(model, self.drafting if model is self.draft else {}))
@@ -198,7 +203,7 @@ class StockSystem:
             options = dict(self.options)
             if self.draft is not None and bases[0].draft is not None:
                 options["assistant_model"] = self.draft
-                stack.enter_context(prefilled(self.draft, dynamic_cache([bases[0].draft], length), run))
+                stack.enter_context(prefilled(self.draft, filled([bases[0].draft], length, DynamicCache()), run))
             reset_peak_memory()
             with clocked(self.model.device) as clock:
                 out = self.model.generate(
@@ -217,9 +222,8 @@ class StockSystem:
             return clock()[0]
 
 
-def dynamic_cache(caches: list[TieredCache], length: int) -> DynamicCache:
-    """transformers' cache with a copy of each cache's first `length` tokens, from which nothing was evicted."""
-    copy = DynamicCache()
+def filled(caches: list[TieredCache], length: int, copy: Cache) -> Cache:
+    """An empty cache of transformers', with each cache's first `length` tokens in it; nothing was evicted from them."""
     for index, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         keys, values = (
             [x[:, :, :length] for x in own] for own in zip(*((y.keys, y.values) for y in layers), strict=True)
@@ -255,11 +259,11 @@ def exchanged(slots: list[Slot]) -> Iterator[None]:
 
 
 @contextmanager
-def only_new_tokens(model: PreTrainedModel, run: Run, cache: DynamicCache) -> Iterator[None]:
+def only_new_tokens(model: PreTrainedModel, run: Run, cache: Cache) -> Iterator[None]:
     """Count passes and rows; the first assisted pass of transformers 5.3 and later would read all tokens again."""
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        held, ids = cache.get_seq_length(), kwargs["input_ids"]
+        held, ids = int(cache.get_seq_length()), kwargs["input_ids"]
         if ids.shape[1] > held:
             kwargs["input_ids"] = ids[:, held:]
             if kwargs.get("position_ids") is not None:
@@ -285,7 +289,7 @@ def only_new_tokens(model: PreTrainedModel, run: Run, cache: DynamicCache) -> It
 
 
 @contextmanager
-def prefilled(draft: PreTrainedModel, cache: DynamicCache, run: Run) -> Iterator[None]:
+def prefilled(draft: PreTrainedModel, cache: Cache, run: Run) -> Iterator[None]:
     """The draft's `generate`, called once a round by assisted generation, finds its cache filled at the first call.
 
     transformers has no argument for it, and reading the prompt again would be timed as decoding.
