@@ -223,7 +223,7 @@ class StockSystem:
 
 
 def filled(caches: list[TieredCache], length: int, copy: Cache) -> Cache:
-    """An empty cache of transformers', with each cache's first `length` tokens in it; nothing was evicted from them."""
+    """An empty cache of transformers', with each cache's first `length` tokens in it; none has evicted any."""
     for index, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         keys, values = (
             [x[:, :, :length] for x in own] for own in zip(*((y.keys, y.values) for y in layers), strict=True)
