@@ -1,5 +1,7 @@
 """task=throughput on tiny random models: every system decodes the same text, and the record says how."""
 
+import sys
+
 import pytest
 import torch
 from conftest import run_task
@@ -225,3 +227,23 @@ def test_tokens_as_full_stops_at_the_first_difference():
 def test_operations_and_bytes_of_a_linear_layer_are_counted():
     layer = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)).bfloat16()
     assert roofline.linear_size(layer) == (40, 80)
+
+
+@pytest.mark.peers
+def test_kvpress_decodes_what_our_snapkv_decodes_as_long_as_ours_evicts_nothing_new(tmp_path):
+    """Alone and as a batch; ours keeps sinks and evicts again at a later length, so both are told not to."""
+    pytest.importorskip("kvpress")
+    settings = ["policy=snapkv", "policy.num_sink_tokens=0", "policy.evict_block=1000", "task.repeats=1"]
+    systems = "task.systems=[transformers,full,snapkv,kvpress]"
+    for batch in (1, 2):
+        record = run(tmp_path, *settings, systems, f"batch_size={batch}", "policy.window_size=16")
+        ours, theirs = row(record, "snapkv"), row(record, "kvpress")
+        assert theirs["token_ids"] == ours["token_ids"] != row(record, "full")["token_ids"]
+        assert theirs["kv_bytes_read_per_token"] == pytest.approx(ours["kv_bytes_read_per_token"], rel=0.1)
+        assert theirs["ratio_to_transformers"] > 0 and theirs["acceptance_length"] == 1
+
+
+def test_kvpress_is_refused_with_its_remedy_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    with pytest.raises(UserError, match=r"task.systems=kvpress needs the package kvpress.*peers"):
+        run(tmp_path, "task.systems=[full,kvpress]")

@@ -30,6 +30,7 @@ from .generate import setting_figures
 from .grid import neediest, policy_grid
 from .roofline import Machine, measure_machine, roofline
 from .texts import passage
+from .throughput_kvpress import KVPRESS, PressSystem, press_of
 from .throughput_systems import (
     ADAPTS,
     ONE_BY_ONE,
@@ -106,6 +107,8 @@ class ThroughputTask:
             raise UserError("task=throughput decodes greedily, 2 tokens or more; leave temperature out.")
         display, chosen = Display(config.quiet), config.policy
         policies = {name: self._policy(chosen, name) for name in self.systems if name not in STOCK}
+        if KVPRESS in policies:
+            press_of(policies[KVPRESS])  # refused before anything is loaded
         with display.waiting("loading the models"):
             spec, originals = self._load(config, policies)
         refuse_windows("task=throughput", *(m.config for m in (spec.pair.target, spec.pair.draft) if m is not None))
@@ -135,7 +138,7 @@ class ThroughputTask:
     # --- what is measured ----------------------------------------------------------------------------------------
 
     def _policy(self, chosen: Policy, name: str) -> Policy:
-        entry = name.removesuffix(SPECULATES).removesuffix(ADAPTS)
+        entry = "snapkv" if name == KVPRESS else name.removesuffix(SPECULATES).removesuffix(ADAPTS)
         (policy,) = policy_grid(chosen, [entry], [chosen.kv_budget])
         return policy
 
@@ -149,7 +152,7 @@ class ThroughputTask:
         models = [model for model in (pair.target, pair.draft) if model is not None]
         originals: list[Slot] = []
         if choose_linear(config.model.linear, pair.target.dtype, pair.target.device) == "packed":
-            if any(name in STOCK for name in self.systems):
+            if any(name in (*STOCK, KVPRESS) for name in self.systems):
                 originals = [slot for model in models for slot in linear_layers(model)]
             pair.pack()
         num_draft_tokens = max(1, config.speculation.num_draft_tokens) if speculates else 0
@@ -164,7 +167,7 @@ class ThroughputTask:
             raise UserError(
                 f"batch_size={size} does not divide the {len(prompts)} prompts; set task.num_prompts to a multiple."
             )
-        if size > 1 and any(name in STOCK for name in self.systems):
+        if size > 1 and any(name in (*STOCK, KVPRESS) for name in self.systems):
             lengths = sorted(set(map(len, prompts)))
             if alone := [name for name in self.systems if name in ONE_BY_ONE]:
                 raise UserError(
@@ -215,6 +218,8 @@ class ThroughputTask:
             if name in STOCK:
                 options = {"prompt_lookup_num_tokens": self.lookup_tokens} if name == "prompt_lookup" else {}
                 systems.append(StockSystem(name, prompts, pair.draft, originals, options, drafting))
+            elif name == KVPRESS:
+                systems.append(PressSystem(prompts, originals, policies[name]))
             else:
                 count = spec.num_draft_tokens if name.endswith((SPECULATES, ADAPTS)) else 0
                 controller = make_controller(replace(config.speculation, adaptive=name.endswith(ADAPTS)))

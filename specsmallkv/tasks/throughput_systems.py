@@ -259,13 +259,16 @@ def exchanged(slots: list[Slot]) -> Iterator[None]:
 
 
 @contextmanager
-def only_new_tokens(model: PreTrainedModel, run: Run, cache: Cache) -> Iterator[None]:
-    """Count passes and rows; the first assisted pass of transformers 5.3 and later would read all tokens again."""
+def only_new_tokens(model: PreTrainedModel, run: Run, cache: Cache, cuts: bool = True) -> Iterator[None]:
+    """Count passes and rows; the first assisted pass of transformers 5.3 and later would read all tokens again.
+
+    cuts: what the cache holds is taken from the tokens; not where it holds less than was read.
+    """
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        held, ids = int(cache.get_seq_length()), kwargs["input_ids"]
-        if ids.shape[1] > held:
-            kwargs["input_ids"] = ids[:, held:]
+        held = int(cache.get_seq_length()) if cuts else None
+        if held is not None and kwargs["input_ids"].shape[1] > held:
+            kwargs["input_ids"] = kwargs["input_ids"][:, held:]
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = kwargs["position_ids"][:, held:]
         run.passes += 1
