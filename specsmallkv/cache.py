@@ -124,7 +124,7 @@ class TieredLayer(CacheLayerMixin):
         self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
         self.marginal_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_marginal, D)
         self.older_value_sum = torch.empty(0, 0, 0)  # (B, H_kv, D) float32: sum of V over the host store
-        self.tail_term: Any = None  # a tail_term.TailTerm, set before each verify pass
+        self.tail_term: Any = None  # a tail_term.TailTerm, set with each set
         self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
         self.row_mask: Tensor | None = None  # (B, H_kv, q, num_kept) bool: what each verify query reads; None: all
         self.sent: Callable[[], Arrived] | None = None  # what is under way from the host store (`recall.py`)

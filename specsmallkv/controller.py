@@ -70,8 +70,8 @@ class History:
 class Costs:
     """Seconds at one context length, tokens. draft: one step; read: of the oracle, its step of the draft and the plan;
 
-    verify: passes over 1, 2, ... tokens. first: what the first step takes more than others (`draft_view.py`), negative
-    where `read` has its price.
+    plan: of `read`. verify: passes over 1, 2, ... tokens. first: what the first step takes more than others
+    (`draft_view.py`), negative where the oracle's step is the first one of drafting: its price then stands in `read`.
     """
 
     context: int
@@ -79,14 +79,15 @@ class Costs:
     read: float
     verify: tuple[float, ...]
     first: float = 0.0
+    plan: float = 0.0
 
     def reading(self, num_drafts: int) -> float:
-        """What the oracle adds to a round; where its first row is that of a drafting step, only the plan."""
-        return self.read + min(self.first, 0.0) * (num_drafts > 0)
+        """What the oracle adds to a round: the plan alone where its step is one of drafting."""
+        return self.plan if self.first < 0 < num_drafts else self.read
 
-    def round(self, num_drafts: int, reads: bool = True) -> float:
-        drafting = self.draft * num_drafts + max(self.first, 0.0) * (num_drafts > 0)
-        return drafting + self.reading(num_drafts) * reads + self.verify[num_drafts]
+    def round(self, num_drafts: int) -> float:
+        """With an oracle that reads."""
+        return self.draft * num_drafts + self.first * (num_drafts > 0) + self.read + self.verify[num_drafts]
 
 
 @dataclass
@@ -114,8 +115,9 @@ class CostTable:
             return a + share * (b - a)
 
         verify = tuple(between(a, b) for a, b in zip(low.verify, high.verify, strict=False))
-        draft, read, first = (between(getattr(low, x), getattr(high, x)) for x in ("draft", "read", "first"))
-        return Costs(context, draft, read, verify, first)
+        names = ("draft", "read", "first", "plan")
+        draft, read, first, plan = (between(getattr(low, x), getattr(high, x)) for x in names)
+        return Costs(context, draft, read, verify, first, plan)
 
     def plain(self) -> list[dict[str, Any]]:
         return [asdict(row) for row in self.rows]
@@ -127,10 +129,8 @@ def load_cost_table(source: str) -> CostTable:
     try:
         found = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
         rows = found["cost_table"] if isinstance(found, dict) else found
-        costs = [
-            Costs(x["context"], x["draft"], x["read"], tuple(map(float, x["verify"])), x.get("first", 0)) for x in rows
-        ]
-        least = [min(row.draft, row.read, row.first + row.draft, *row.verify) for row in costs]
+        costs = [Costs(**x | {"verify": tuple(map(float, x["verify"]))}) for x in rows]
+        least = [min(row.draft, row.plan, row.read, row.first + row.draft, *row.verify) for row in costs]
         if not costs or min(least) < 0 or any(len(row.verify) < 2 for row in costs):
             raise ValueError("it has no costs")
     except OSError as error:
@@ -189,6 +189,7 @@ class Controller:
     def _take(self, decoder: "Decoder", sequence: "Sequence", count: int, every: int | None = None) -> None:
         history, policy = sequence.history, decoder.policy
         chooses = policy.every_round and policy.selection == "block" and not policy.reads_target
+        chooses = chooses and not policy.marginal_share  # whose weights are of each block's own queries
         optional = chooses and history.read_at == sequence.evicted_at and policy.due(sequence.evicted_at)
         reads = not optional or history.unread + 1 >= (every or self.oracle_every)
         history.unread, history.read_at = 0 if reads else history.unread + 1, sequence.evicted_at
@@ -235,9 +236,10 @@ def measure(decoder: "Decoder", sequence: "Sequence", most: int) -> Costs:
     verify = (seconds[0]["verify"], *(first + slope * (count - 1) for count in range(1, most + 1)))
     drafting = {count: seconds[count]["draft"] - seconds[0]["draft"] for count in seconds}
     step = max(0.0, (drafting[most] - drafting[1]) / (most - 1) if most > 1 else drafting[1])
-    read = seconds[0]["draft"] + min(own["plan"] for own in seconds.values())
+    plan = min(own["plan"] for own in seconds.values())
+    read = seconds[0]["draft"] + plan
     least = 0.0 if decoder.policy.lookahead == "block" else -step  # what reads the first row is then a drafting step
-    return Costs(sequence.target.seen, step, read, verify, max(least, drafting[1] - step))
+    return Costs(sequence.target.seen, step, read, verify, max(least, drafting[1] - step), plan)
 
 
 def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str, float]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def plan(decoder: "Decoder", sequence: "Sequence", drafts: list[int], looked: Tensor | None = None) -> None:
     """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all.
 
+    In a round in which the oracle does not read all stays as it is.
+
     looked: what `Decoder.look` gives, if somebody looked already.
     """
     policy, oracle = decoder.policy, sequence.evidence.oracle

@@ -524,9 +524,15 @@ class Lookahead(DraftPolicy):
         self, layers: dict[int, TieredLayer], evidence: Evidence, evicted_at: int | None = None
     ) -> list[Plan]:
         """All at once where the draft chooses for a block: the layers then rank the same positions for equal sizes."""
-        hooks = ("plan", "score", "predicted_score", "tiers", "layer_shares")
+        hooks = ("plan", "score", "predicted_score", "tiers", "layer_units", "layer_shares")
         changed = any(getattr(type(self), hook) is not getattr(Lookahead, hook) for hook in hooks)
-        if changed or self.selection == "query" or not evidence.trusts_draft or evicted_at is None:
+        if (
+            changed
+            or self.marginal_share
+            or self.selection == "query"
+            or not evidence.trusts_draft
+            or evicted_at is None
+        ):
             return super().plan_layers(layers, evidence, evicted_at)
         assert evidence.saliency is not None, "saliency is filled before planning"
         tail_start = evicted_at - min(self.window_size, evicted_at)

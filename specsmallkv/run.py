@@ -3,8 +3,8 @@
     python -m specsmallkv.run [KEY=VALUE ...]      or the console script `specsmallkv`, from any directory
 
 stdout carries the text and, as its last line, the JSON record; everything else goes to stderr. Exit codes: 0,
-1 (a bug), 2 (the user's mistake), 130 (Ctrl-C). In a sweep every point runs that has no record yet; one that fails
-leaves a record with its error and makes the exit non-zero.
+1 (a bug, or a point of a sweep that failed in another process), 2 (the user's mistake), 130 (Ctrl-C). In a sweep every
+point runs that has no record yet; one that fails leaves a record with its error and makes the exit non-zero.
 """
 
 import os
@@ -67,7 +67,7 @@ def execute_point(composed: DictConfig) -> dict[str, Any]:
 
 def record_failure(composed: DictConfig, error: Exception) -> None:
     """So that a sweep's records tell of every point."""
-    sweep.current.failed += 1
+    sweep.current.fail(Path(HydraConfig.get().sweep.dir))
     plain, settings = {}, {}
     with suppress(OmegaConfBaseException):  # what cannot be resolved has no hash; its error says why
         plain = resolved(composed)

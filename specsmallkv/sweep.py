@@ -7,12 +7,15 @@ all, so a kill loses the point in work and nothing else.
 
 import json
 import math
+import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,14 +23,15 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-CLOCK_TICK = 0.1  # s; file times are coarser than the clock
+FAILED = ".failed"  # directory in a sweep's, with an empty file for each of its points that failed
 
 
 @dataclass
 class Sweep:
     """One process's sweep. total: its points, None if they cannot be counted; known: records by hash, once read.
 
-    began: wall-clock time, beside which records of points that ran in other processes are told from older ones.
+    known belongs to one start of one sweep's directory: a launcher's process may live through several.
+    elsewhere: points ran in other processes, of which this one sees the failed ones' marks.
     """
 
     total: int | None = None
@@ -35,26 +39,37 @@ class Sweep:
     skipped: int = 0
     failed: int = 0
     started: float = field(default_factory=time.perf_counter)
-    began: float = field(default_factory=time.time)
-    known: dict[str, Path] | None = None
+    known: dict[str, Path] = field(default_factory=dict)
+    known_of: tuple[Path, int] | None = None
     elsewhere: bool = False
 
     def finished(self, directory: Path, config_hash: str) -> Path | None:
         """The record of this configuration in the sweep's directory, if there is one."""
-        if self.known is None:
+        begun = directory / "multirun.yaml"  # Hydra writes it at each start
+        this = directory, begun.stat().st_mtime_ns if begun.exists() else 0
+        if self.known_of != this:
             records = {path: read_record(path) for path in sorted(directory.rglob("record.json"))}
             self.known = {r["config_hash"]: path for path, r in records.items() if is_finished(r)}
+            self.known_of = this
         return self.known.get(config_hash)
 
+    def fail(self, directory: Path) -> None:
+        """Count a failed point, and leave a mark of it for a launcher's first process."""
+        self.failed += 1
+        with suppress(OSError):  # a full disk: the error itself is reported in any case
+            marks = directory / FAILED
+            marks.mkdir(parents=True, exist_ok=True)
+            (marks / uuid4().hex).touch()
+
     def gather(self, directory: Path) -> None:
-        """Points ran in other processes (a launcher's): how many failed is what their records say."""
+        """Where points ran in other processes: how many failed."""
         self.elsewhere, self.ended = True, self.total or 0
-        written = [path for path in directory.rglob("record.json") if path.stat().st_mtime >= self.began - CLOCK_TICK]
-        self.failed = sum(read_record(path).get("error") is not None for path in written)
+        self.failed = len(list((directory / FAILED).glob("*")))
 
     def line(self) -> str:
         """`3 of 12 points, 1 of them done before, 1 failed; 0:00:42 gone, about 0:02:06 to go`."""
-        counted = f"{self.ended} of {self.total} points" if self.total else f"{self.ended} points of this process"
+        here = "points in other processes" if self.elsewhere else f"{self.ended} points of this process"
+        counted = f"{self.ended} of {self.total} points" if self.total else here
         done_before = f", {self.skipped} of them done before" if self.skipped else ""
         failed = f", {self.failed} failed" if self.failed else ""
         gone = time.perf_counter() - self.started
@@ -67,17 +82,23 @@ current = Sweep()
 
 
 class Progress(Callback):
-    """Hydra's callback (conf/config.yaml): counts the points and tells after each how far the sweep is."""
+    """Hydra's callback (conf/config.yaml): counts the points and tells after each how far the sweep is.
+
+    A launcher's processes tell of their own points, and the first one at the end of all.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
         current = Sweep(count_points(config))
+        shutil.rmtree(Path(config.hydra.sweep.dir) / FAILED, ignore_errors=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(config.hydra.sweep.dir)
         if not current.ended:
-            current.gather(Path(config.hydra.sweep.dir))
+            current.gather(directory)
             if not config.quiet:
                 print(current.line(), file=sys.stderr, flush=True)
+        shutil.rmtree(directory / FAILED, ignore_errors=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode and config.hydra.mode.name == "MULTIRUN":

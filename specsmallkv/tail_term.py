@@ -5,9 +5,9 @@
 with s the share of the target's own attention on L that is not on the sinks (the head map is fitted without their
 columns, so odds are taken against the rest of L). Two remainders: the evicted tokens that rank next, whose values the
 host pools with the draft's weights, and all others, whose plain mean value stands for them. Odds and values are those
-of the row that chose, the mean over a verify block's, and serve all of its queries: with a row for each the KL was the
-same (experiments/LOG.md, 2026-11-26). Only two pooled vectors of each head reach the device. This file does not know
-who chose L.
+of the row that chose, the mean over a verify block's, and serve all queries that read the set: with a row for each the
+KL was the same (experiments/LOG.md, 2026-11-26). Only two pooled vectors of each head reach the device. This file does
+not know who chose L.
 """
 
 from dataclasses import dataclass

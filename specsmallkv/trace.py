@@ -148,9 +148,10 @@ class Trace:
         if self._looked is not None and oracle.head_map is not None and sequence.reading is not None:
             self.similarity = oracle.head_map.similarity.cpu().numpy()
             self.samples.append(self._sample(sequence, self._looked, sets))
-        self._looked, decoder = None, self.spec.decoder(Sampler())
-        if is_power(len(self.rows), SAMPLED_EVERY) and not decoder.reads_later(sequence):
-            self._looked = true_row(decoder, sequence)
+        self._looked = None
+        if is_power(len(self.rows), SAMPLED_EVERY):
+            decoder = self.spec.decoder(Sampler())
+            self._looked = None if decoder.reads_later(sequence) else true_row(decoder, sequence)
 
     def _sample(self, sequence: "Sequence", looked: np.ndarray, sets: TierSets) -> AttentionSample:
         oracle, length = sequence.evidence.oracle, looked.shape[2]

@@ -245,7 +245,7 @@ def test_flags_may_stand_anywhere():
             "policy=[...] mixes several options; name one, or run each of a list: -m policy=A,B.",
         ),
         (["hydra.nope=1"], "hydra.nope is not a key of Hydra's own; --cfg hydra shows them."),
-        (["hydra/launcher=nope"], "hydra/launcher=nope does not exist; known: basic."),
+        (["hydra/launcher=nope"], "hydra/launcher=nope does not exist; known: basic"),
         (["hydra/job_logging=none"], "Hydra refuses this (Unable to configure handler 'console'); "),
         (
             ["--resolve"],

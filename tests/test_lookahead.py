@@ -7,7 +7,7 @@ from test_decode import begin, decode
 from test_draft_view import SIZE, policy_of, viewed
 
 from specsmallkv import UserError
-from specsmallkv.controller import Controller, measure
+from specsmallkv.controller import Controller, CostTable, measure
 from specsmallkv.decode import Decoder, full_cache
 from specsmallkv.draft_view import is_viewed
 from specsmallkv.oracle import LOOKAHEADS, rows_ahead
@@ -303,3 +303,19 @@ def test_a_later_turn_finds_a_draft_that_has_read_all(target, draft, prompt, mon
 
 def test_rows_of_a_batch_whose_drafts_wait_equal_their_prompts_alone(target, draft):
     assert_independent(target, draft, without_odds(), 0)
+
+
+@pytest.mark.parametrize(("lookahead", "adds"), [("block", 1.5), ("drafted", 0.5), ("first", 0.5)])
+def test_reading_is_priced_at_the_plan_alone_where_its_row_is_a_drafting_steps(
+    target, draft, prompt, monkeypatch, lookahead, adds
+):
+    decoder, sequence, _ = begun(target, draft, prompt, lookahead)
+
+    def priced(decoder, sequence, count):
+        return {"draft": float(count + 1 if lookahead == "block" else max(count, 1)), "plan": 0.5, "verify": 1.0}
+
+    monkeypatch.setattr("specsmallkv.controller.dry_round", priced)
+    costs = measure(decoder, sequence, 3)
+    assert costs.reading(2) == adds and costs.reading(0) == 1.5
+    assert costs.round(3) == priced(None, None, 3)["draft"] + 0.5 + 1.0
+    assert CostTable([costs]).at(5).reading(2) == adds
