@@ -97,10 +97,10 @@ def _set_tail_terms(policy: Policy, sequence: "Sequence", oracle: AttentionOracl
         layers = dict(enumerate(sequence.target.layers[first : first + len(predicted)]))
         layers = {i: layer for i, layer in layers.items() if concerned[first + i] and layer.window is None}
         for (device, _), own in alike(layers).items():
-            rows, indices = predicted[list(own)].to(device), [first + i for i in own]
-            factor = (policy.tail_factor * believed[indices]).to(device)
-            ranks = saliency[indices].to(device)
-            terms = tail_terms(rows, ranks, list(own.values()), policy.num_sink_tokens, factor, policy.tail_pool)
+            rows = torch.stack([predicted[i] for i in own]).to(device)
+            ranks, trust = (torch.stack([x[first + i] for i in own]).to(device) for x in (saliency, believed))
+            factor, members = policy.tail_factor * trust, list(own.values())
+            terms = tail_terms(rows, ranks, members, policy.num_sink_tokens, factor, policy.tail_pool)
             for layer, term in zip(own.values(), terms, strict=True):
                 layer.tail_term = term
         first += len(predicted)

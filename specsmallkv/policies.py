@@ -536,7 +536,7 @@ class Lookahead(DraftPolicy):
             return super().plan_layers(layers, evidence, evicted_at)
         assert evidence.saliency is not None, "saliency is filled before planning"
         tail_start = evicted_at - min(self.window_size, evicted_at)
-        scores = evidence.saliency[list(layers), :, :tail_start].clone()
+        scores = torch.stack([evidence.saliency[index, :, :tail_start] for index in layers])
         scores[..., : self.num_sink_tokens] = torch.inf
         count = min(self.tiers(evicted_at).critical - (evicted_at - tail_start), tail_start)
         critical = scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
