@@ -234,12 +234,12 @@ def measure(decoder: "Decoder", sequence: "Sequence", most: int) -> Costs:
     first, last = seconds[1]["verify"], seconds[most]["verify"]
     slope = (last - first) / max(most - 1, 1)
     verify = (seconds[0]["verify"], *(first + slope * (count - 1) for count in range(1, most + 1)))
-    drafting = {count: seconds[count]["draft"] - seconds[0]["draft"] for count in seconds}
-    step = max(0.0, (drafting[most] - drafting[1]) / (most - 1) if most > 1 else drafting[1])
+    steps = {count: seconds[count]["draft"] - seconds[0]["draft"] for count in seconds}
+    step = max(0.0, (steps[most] - steps[1]) / (most - 1) if most > 1 else steps[1])
     plan = min(own["plan"] for own in seconds.values())
     read = seconds[0]["draft"] + plan
     least = 0.0 if decoder.policy.lookahead == "block" else -step  # what reads the first row is then a drafting step
-    return Costs(sequence.target.seen, step, read, verify, max(least, drafting[1] - step), plan)
+    return Costs(sequence.target.seen, step, read, verify, max(least, steps[1] - step), plan)
 
 
 def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str, float]:
