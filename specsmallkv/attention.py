@@ -6,8 +6,6 @@ marginal tokens (paper: marginal information compensation). It also lends an eye
 asks a forward pass to record attention rows (draft), to keep its last queries or to sum its columns (target).
 """
 
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,28 +16,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .attention_form import Scaling
+from .backends import (
+    BACKENDS,
+    WITH_SINKS,
+    attention_probabilities,
+    causal_mask,
+    weighted_values,
+)
 from .cache import LayerGroup, TieredLayer
 from .draft_view import DraftView
-from .errors import UserError
 
 NAME = "specsmallkv"
-FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis; beyond it the mask costs more
 MASS_BLOCK = 2**20  # probabilities that exist at once while columns are summed
-
-
-class Scaling(float):
-    """Factor of the attention scores; with `softcap` c (Gemma2) a scaled score s becomes c tanh(s / c)."""
-
-    softcap: float | None
-
-    def __new__(cls, value: float, softcap: float | None = None) -> "Scaling":
-        scaling = super().__new__(cls, value)
-        scaling.softcap = softcap
-        return scaling
-
-
-def softcap_of(scaling: float) -> float | None:
-    return scaling.softcap if isinstance(scaling, Scaling) else None
 
 
 class AttentionRows:
@@ -191,16 +180,6 @@ class AttentionCall:
     queries: dict[int, Tensor] = field(default_factory=dict)
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(q, n) bool, True where attended: the last query sees every key, so all kept tokens are seen by all."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-
-
-def fold(query: Tensor, num_kv_heads: int) -> Tensor:
-    """(B, H_q, q, D) -> (B, H_kv, group * q, D): query heads that share a KV head become rows of one matrix."""
-    return query.reshape(query.shape[0], num_kv_heads, -1, query.shape[3])
-
-
 def window_mask(layer: TieredLayer, num_queries: int, end: int | None = None) -> Tensor | None:
     """(1, H_kv, q, n) bool of a sliding-window layer: the last queries before position `end` and the slots up to it.
 
@@ -228,98 +207,6 @@ def visible(layer: TieredLayer, num_queries: int) -> Tensor | None:
     return torch.cat((layer.row_mask, tail.expand(*layer.row_mask.shape[:3], -1)), dim=-1)
 
 
-_scratch = threading.local()
-
-
-def widened(rows: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors of a product in one type: the cache's, but on CPUs float32, whose products are many times faster.
-
-    stored (B, H_kv, n, D), keys or values, then lies in a buffer that the thread's next call overwrites: memory that
-    is new each time would cost more than the product.
-    """
-    if stored.device.type != "cpu" or stored.dtype == torch.float32:
-        return rows.to(stored.dtype), stored
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.numel() < stored.numel():
-        buffer = _scratch.buffer = torch.empty(stored.numel() * 5 // 4, dtype=torch.float32)
-    return rows.float(), buffer[: stored.numel()].view(stored.shape).copy_(stored)
-
-
-def attention_probabilities(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Float32 probabilities (B, H_q, q, n) of causal attention; query (B, H_q, q, D), keys (B, H_kv, n, D).
-
-    mask (B, H_kv, q, n) bool, True where attended, takes the place of the causal one.
-    """
-    query_, keys_ = widened(fold(query, keys.shape[1]), keys)
-    scores = (query_ @ keys_.transpose(2, 3)).float() * scaling
-    if (softcap := softcap_of(scaling)) is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(*query.shape[:3], keys.shape[2])
-    if mask is not None:
-        scores = scores.masked_fill(~mask.repeat_interleave(query.shape[1] // keys.shape[1], dim=1), -torch.inf)
-    elif query.shape[2] > 1:
-        count = query.shape[2]  # earlier keys are seen by all
-        scores[..., -count:].masked_fill_(~causal_mask(count, count, keys.device), -torch.inf)
-    return scores.softmax(dim=-1)
-
-
-def weighted_values(weights: Tensor, values: Tensor) -> Tensor:
-    """(B, H_q, q, D) = weights (B, H_q, q, n) times values (B, H_kv, n, D), heads of a group sharing values."""
-    weights_, values_ = widened(fold(weights, values.shape[1]), values)
-    return (weights_ @ values_).view(*weights.shape[:3], values.shape[3]).to(values.dtype)
-
-
-def reference_attention(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None
-) -> Tensor:
-    """Softmax attention written out in float32; the yardstick for every other backend."""
-    query, keys_, values_ = query.float(), keys.float(), values.float()
-    num_queries, length = query.shape[2], keys.shape[2]
-    step, parts = max(1, MASS_BLOCK // (query.shape[1] * length)), []
-    for first in range(0, num_queries, step):
-        last = min(first + step, num_queries)
-        end = length if mask is not None else length - num_queries + last  # later keys are not seen
-        own = None if mask is None else mask[:, :, first:last]
-        probabilities = attention_probabilities(query[:, :, first:last], keys_[:, :, :end], scaling, own)
-        parts.append(weighted_values(probabilities, values_[:, :, :end]))
-    return torch.cat(parts, dim=2).to(values.dtype)
-
-
-def sdpa_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """torch's fused attention; storage is GQA-native, so no head is ever repeated. It knows no soft cap."""
-    if softcap_of(scaling) is not None:
-        return reference_attention(query, keys, values, scaling, mask)
-    q, n = query.shape[2], keys.shape[2]
-    if q > FOLD_LIMIT and (mask is None or mask.stride(1) == 0):  # a window's mask is the same for all heads
-        mask = mask[:, :1] if mask is not None else None if q == n else causal_mask(q, n, keys.device)
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
-    group = query.shape[1] // keys.shape[1]
-    if mask is not None:
-        mask = mask.repeat(1, 1, group, 1)
-    elif q > 1:
-        mask = causal_mask(q, n, keys.device).repeat(group, 1)
-    out = F.scaled_dot_product_attention(fold(query, keys.shape[1]), keys, values, attn_mask=mask, scale=scaling)
-    return out.view(query.shape)
-
-
-def flash_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """flash-attn (CUDA): its causal mask is aligned to the last key and its storage GQA-native, as ours."""
-    from flash_attn import flash_attn_func
-
-    assert mask is None, "flash-attn takes no mask"
-    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
-    return flash_attn_func(q, k, v, softmax_scale=scaling, causal=True).transpose(1, 2)
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]] = {
-    "sdpa": sdpa_attention,
-    "reference": reference_attention,
-    "flash": flash_attention,
-}
-
-
 def compensate(output: Tensor, layer: TieredLayer) -> Tensor:
     """o = (1 - sum w) o_L + sum w v over the marginal tier, w from `matching.marginal_weights`; (B, H_q, q, D)."""
     weights = layer.marginal_weights
@@ -327,6 +214,20 @@ def compensate(output: Tensor, layer: TieredLayer) -> Tensor:
         return output
     rest = (1 - weights.sum(dim=-1, keepdim=True)).to(output.dtype)
     return rest * output + weighted_values(weights, layer.marginal_v)
+
+
+def read_tiers(layer: TieredLayer, query: Tensor, scaling: float, mask: Tensor | None, backend: str) -> Tensor:
+    """Attention (B, H_q, q, D) over what is kept, with what marginal or evicted tokens add to it."""
+    keys, values, term = layer.keys, layer.values, layer.tail_term
+    if term is not None:  # its odds need the mass on the sinks
+        output, on_sinks = WITH_SINKS[backend](query, keys, values, scaling, mask, term.num_sinks)
+        return term.add(output, on_sinks)
+    if backend == "triton" and layer.marginal_weights is not None and layer.num_marginal:
+        from .triton_attention import Marginal, split_attention
+
+        marginal = Marginal(layer.marginal_weights, layer.marginal_v)
+        return split_attention(query, keys, values, scaling, mask, marginal=marginal)[0]
+    return compensate(BACKENDS[backend](query, keys, values, scaling, mask), layer)
 
 
 def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: AttentionCall) -> Tensor:
@@ -347,10 +248,9 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
         call.rows.store(index, layer.seen, probabilities)
         if count == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
             return weighted_values(probabilities, values)
-    if layer.tail_term is not None and not call.everything:  # its odds need the mass on the sinks
-        probabilities = attention_probabilities(query, keys, scaling, mask)
-        return layer.tail_term.add(weighted_values(probabilities, values), probabilities)
-    return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)
+    if call.everything:
+        return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)
+    return read_tiers(layer, query, scaling, mask, call.backend)
 
 
 def _attend_view(
@@ -402,71 +302,6 @@ def tiered_attention(
 
 AttentionInterface.register(NAME, tiered_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def choose_backend(requested: str, device: torch.device) -> str:
-    """Backend for `model.attention`; "auto" is SDPA. Raises UserError if it is unknown or can't run here."""
-    if requested == "auto":
-        return "sdpa"
-    if requested not in BACKENDS:
-        raise UserError(f"model.attention={requested} is unknown; choose one of auto, {', '.join(BACKENDS)}.")
-    if requested == "flash":
-        _require_flash(device)
-    return requested
-
-
-def check_model(backend: str, config: Any) -> None:
-    """UserError if the backend cannot do what this model's attention needs."""
-    if backend == "flash":
-        refuse_windows("model.attention=flash", config)
-
-
-def refuse_windows(what: str, *configs: Any) -> None:
-    """UserError for models with sliding windows or capped scores, from what only knows plain attention."""
-    for config in configs:
-        if any(layer_windows(config)) or getattr(config, "attn_logit_softcapping", None):
-            raise UserError(
-                f"{what} does not support sliding windows or capped scores, which this {config.model_type} model has; "
-                "use another model."
-            )
-
-
-def attention_scaling(config: Any) -> Scaling:
-    """1 / sqrt(head_dim), as Llama, Mistral and Qwen scale their scores; Gemma2 names its own and caps them."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim
-    return Scaling(scalar**-0.5, getattr(config, "attn_logit_softcapping", None))
-
-
-def layer_windows(config: Any) -> list[int | None]:
-    """Of each layer, how many tokens its queries see, themselves included; None for all before them."""
-    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:  # then no text is longer than the window
-        return [None] * num_layers
-    if config.model_type == "mistral":  # its layers are all alike
-        return [window] * num_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def check_selection(backend: str, selection: str) -> None:
-    """UserError if the backend cannot give every query its own set."""
-    if backend == "flash" and selection == "query":
-        raise UserError(
-            "model.attention=flash takes no mask, which policy.selection=query needs; use model.attention=sdpa."
-        )
-
-
-def _require_flash(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise UserError(f"model.attention=flash needs a CUDA device, not {device.type}; use model.attention=sdpa.")
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "model.attention=flash needs the package flash-attn; pip install 'specsmallkv[flash]' or use "
-            "model.attention=sdpa."
-        ) from error
 
 
 def use_tiered_attention(model: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ from .errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-ATTENTIONS = ("auto", "sdpa", "reference", "flash")
+ATTENTIONS = ("auto", "sdpa", "reference", "flash", "triton")
 LINEARS = ("auto", "torch", "packed")
 SPECULATIONS = ("draft", "adaptive", "none")
 SMALLEST_VIEW = 16

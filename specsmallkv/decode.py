@@ -14,17 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import drafting, planning
-from .attention import (
-    AttentionCall,
-    AttentionMass,
-    AttentionRows,
-    attention_scaling,
-    check_model,
-    check_selection,
-    layer_windows,
-    refuse_windows,
-    use_tiered_attention,
-)
+from .attention import AttentionCall, AttentionMass, AttentionRows, use_tiered_attention
+from .attention_form import attention_scaling, layer_windows, refuse_windows
+from .backends import check_model, check_selection
 from .cache import CacheGroup, TieredCache
 from .controller import Controller, Decision
 from .errors import UserError

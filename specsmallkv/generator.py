@@ -16,7 +16,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
-from .attention import check_selection, choose_backend
+from .backends import check_selection, choose_backend
 from .config import ModelConfig
 from .controller import Controller
 from .decode import Decoder

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .attention import attention_probabilities
+from .backends import attention_probabilities
 from .cache import TieredLayer
 
 

@@ -11,7 +11,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .attention import AttentionRows, attention_probabilities, window_mask
+from .attention import AttentionRows, window_mask
+from .backends import attention_probabilities
 from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
 

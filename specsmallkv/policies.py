@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import AttentionMass, attention_probabilities
+from .attention import AttentionMass
+from .backends import attention_probabilities
 from .cache import RESIDENCIES, Candidates, TieredLayer, slots_of
 from .errors import UserError
 from .matching import METHODS, REDUCTIONS

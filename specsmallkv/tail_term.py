@@ -28,10 +28,9 @@ class TailTerm:
     values: Tensor
     num_sinks: int
 
-    def add(self, output: Tensor, probabilities: Tensor) -> Tensor:
-        """output (1, H_q, q, D) of attention over L, probabilities (1, H_q, q, n) of its slots, sinks first."""
-        beside_sinks = 1 - probabilities[..., : self.num_sinks].sum(dim=-1, keepdim=True)
-        odds = self.odds * beside_sinks
+    def add(self, output: Tensor, on_sinks: Tensor) -> Tensor:
+        """output (1, H_q, q, D) of attention over L; on_sinks (1, H_q, q, 1), its share that lies on the sinks."""
+        odds = self.odds * (1 - on_sinks)
         return ((output.float() + odds @ self.values) / (1 + odds.sum(dim=-1, keepdim=True))).to(output.dtype)
 
 

@@ -1,7 +1,13 @@
 """A tiny random target and draft per architecture, float32 on CPU, whose greedy text is not degenerate."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton, which asks then
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import (

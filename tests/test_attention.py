@@ -4,17 +4,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 
-from specsmallkv.attention import (
-    BACKENDS,
-    FOLD_LIMIT,
-    AttentionCall,
-    AttentionMass,
-    AttentionRows,
-    attend,
-    attention_probabilities,
-    choose_backend,
-    use_tiered_attention,
-)
+from specsmallkv.attention import AttentionCall, AttentionMass, AttentionRows, attend, use_tiered_attention
+from specsmallkv.backends import BACKENDS, FOLD_LIMIT, attention_probabilities, choose_backend
 from specsmallkv.cache import TieredCache, TieredLayer
 from specsmallkv.errors import UserError
 from specsmallkv.matching import marginal_weights
@@ -185,7 +176,11 @@ def test_logits_over_the_tiered_cache_equal_transformers_own(architecture):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)  # any other cache still works
 
 
-@pytest.mark.parametrize("requested, problem", [("flash", "needs a CUDA device"), ("nope", "is unknown")])
-def test_a_backend_that_cannot_run_is_refused_with_the_remedy(requested, problem):
+@pytest.mark.parametrize(
+    "requested, problem",
+    [("flash", "needs a CUDA device"), ("triton", "or set TRITON_INTERPRET=1"), ("nope", "is unknown")],
+)
+def test_a_backend_that_cannot_run_is_refused_with_the_remedy(requested, problem, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=problem):
         choose_backend(requested, torch.device("cpu"))

@@ -8,7 +8,8 @@ from conftest import run_task
 from test_decode import decode, transformers_greedy
 from test_plan import LENGTH, TEXT, TINY, planned
 
-from specsmallkv.attention import AttentionCall, attend, attention_probabilities, weighted_values
+from specsmallkv.attention import AttentionCall, attend
+from specsmallkv.backends import attention_probabilities, weighted_values
 from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.cache import TieredCache
 from specsmallkv.controller import Controller, Costs, CostTable, measure

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from specsmallkv import models, random_model, sources
-from specsmallkv.attention import layer_windows
+from specsmallkv.attention_form import layer_windows
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.models import ModelPair, fingerprint, load_draft, load_pair, load_target

@@ -5,7 +5,8 @@ import torch
 from conftest import run_task
 
 from specsmallkv import SpecSmallKV
-from specsmallkv.attention import AttentionCall, AttentionRows, attention_probabilities, weighted_values
+from specsmallkv.attention import AttentionCall, AttentionRows
+from specsmallkv.backends import attention_probabilities, weighted_values
 from specsmallkv.decode import Decoder
 from specsmallkv.errors import UserError
 from specsmallkv.matching import HeadMap

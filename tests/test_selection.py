@@ -5,15 +5,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from specsmallkv.attention import (
-    BACKENDS,
-    AttentionCall,
-    AttentionRows,
-    attend,
-    attention_probabilities,
-    reference_attention,
-    visible,
-)
+from specsmallkv.attention import AttentionCall, AttentionRows, attend, visible
+from specsmallkv.backends import BACKENDS, attention_probabilities, reference_attention
 from specsmallkv.cache import TieredLayer
 from specsmallkv.config import CONFIG_DIR
 from specsmallkv.matching import HeadMap

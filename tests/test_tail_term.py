@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from specsmallkv.attention import AttentionCall, AttentionRows, attend, attention_probabilities, reference_attention
+from specsmallkv.attention import AttentionCall, AttentionRows, attend
+from specsmallkv.backends import attention_probabilities, reference_attention
 from specsmallkv.cache import TieredLayer
 from specsmallkv.tail_term import tail_terms
 
@@ -87,12 +88,12 @@ def test_a_new_set_forgets_the_old_tail_term(block):
 def test_all_queries_of_a_block_take_the_same_odds_weighed_by_their_own_mass_beside_the_sinks(block):
     layer, query, k, _ = block
     term = term_of(layer, true_rows(query, k).mean(1), 0.5, 1.0)
-    probabilities, output = torch.rand(1, H_Q, 3, 20).softmax(-1), torch.randn(1, H_Q, 3, DIM)
-    together = term.add(output, probabilities)
+    on_sinks, output = torch.rand(1, H_Q, 3, 1), torch.randn(1, H_Q, 3, DIM)
+    together = term.add(output, on_sinks)
     for i in range(3):
-        alone = term.add(output[:, :, i : i + 1], probabilities[:, :, i : i + 1])
+        alone = term.add(output[:, :, i : i + 1], on_sinks[:, :, i : i + 1])
         torch.testing.assert_close(together[:, :, i : i + 1], alone)
-    odds = term.odds[0, :, 0] * (1 - probabilities[0, :, 1, :SINKS].sum(-1, keepdim=True))
+    odds = term.odds[0, :, 0] * (1 - on_sinks[0, :, 1])
     expected = output[0, :, 1] + (odds[..., None] * term.values[0]).sum(1)
     torch.testing.assert_close(together[0, :, 1], expected / (1 + odds.sum(-1, keepdim=True)))
 

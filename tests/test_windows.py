@@ -5,7 +5,8 @@ import torch
 from conftest import run_task
 
 from specsmallkv import SpecSmallKV, UserError, random_model
-from specsmallkv.attention import Scaling, attention_probabilities, check_model, layer_windows
+from specsmallkv.attention_form import Scaling, layer_windows
+from specsmallkv.backends import attention_probabilities, check_model
 from specsmallkv.cache import TieredLayer
 from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy

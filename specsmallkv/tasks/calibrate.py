@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import AttentionCall, AttentionRows, attention_probabilities, attention_scaling, window_mask
+from ..attention import AttentionCall, AttentionRows, window_mask
+from ..attention_form import attention_scaling
+from ..backends import attention_probabilities
 from ..cache import TieredCache
 from ..config import RunConfig
 from ..decode import OBSERVED_CHUNK, PREFILL_CHUNK, Decoder, full_cache

@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..attention import refuse_windows
+from ..attention_form import refuse_windows
 from ..config import RunConfig
 from ..display import Display
 from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, train

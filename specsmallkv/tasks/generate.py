@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..attention import refuse_windows
+from ..attention_form import refuse_windows
 from ..config import RunConfig
 from ..controller import Adaptive, make_controller
 from ..display import Display, batch_line, live_line

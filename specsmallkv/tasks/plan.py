@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..attention import layer_windows
+from ..attention_form import layer_windows
 from ..config import RunConfig
 from ..decode import Decoder
 from ..display import Display

@@ -13,7 +13,8 @@ import torch
 import transformers
 from packaging.version import Version
 
-from ..attention import AttentionMass, refuse_windows
+from ..attention import AttentionMass
+from ..attention_form import refuse_windows
 from ..config import RunConfig
 from ..controller import make_controller
 from ..decode import Decoder
