@@ -22,7 +22,7 @@ ATTENTIONS = ("auto", "sdpa", "reference", "flash", "triton")
 LINEARS = ("auto", "torch", "packed")
 SPECULATIONS = ("draft", "adaptive", "none")
 SMALLEST_VIEW = 16
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|tensor_parallel")
 CONFIG_DIR = next((path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()), PACKAGE / "conf")
 PROMPT_SOURCES = ("prompt", "prompt_file", "messages_file", "prompts_file")
 Rule = tuple[bool, str, object, str]  # valid?, key, value, remedy
@@ -97,7 +97,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield model.attention in ATTENTIONS, "model.attention", model.attention, f"use {', '.join(ATTENTIONS)}"
     yield model.linear in LINEARS, "model.linear", model.linear, f"use {', '.join(LINEARS)}"
     known_device = DEVICE.fullmatch(model.device) is not None
-    yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda or cuda:N"
+    yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda, cuda:N or tensor_parallel"
 
 
 def _run_rules(config: RunConfig) -> Iterator[Rule]:

@@ -27,6 +27,7 @@ from .prefill import branch_within_budget, check_prefill, in_chunks, read_within
 from .sampling import Sampler
 from .sequence import Counters, Round, Sequence
 from .speculation import accept, match_vocabulary, propose
+from .tensor_parallel import shard_of
 
 OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
@@ -57,7 +58,8 @@ class Decoder:
         assert draft is not None or not (num_draft_tokens or policy.reads_draft), "this needs a draft model"
         self.target, self.policy, self.num_draft_tokens = target, policy, num_draft_tokens
         self.draft_model = draft if num_draft_tokens or policy.reads_draft else None
-        self.sampler, self.attention, self.head_map = sampler or Sampler(), attention, head_map
+        self.shard = shard_of(target)
+        self.sampler, self.attention, self.head_map = sampler or Sampler(), attention, self.shard.own(head_map)
         self.controller = controller
         check_selection(attention, policy.selection)
         check_prefill(policy, head_map)
@@ -108,6 +110,7 @@ class Decoder:
     def first(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> Round:
         """The token that follows the known ones, by their logits (V,) alone."""
         token, _ = propose(logits, self.sampler, generator)
+        (token,) = self.shard.first([token])
         sequence.tokens.append(token)
         sequence.logits = logits.unsqueeze(0)
         return Round([token])
@@ -118,11 +121,13 @@ class Decoder:
         self.decide(sequence)
         with counters.timed("draft"):
             drafts, probabilities = self.draft(sequence, generator)
+            drafts = self.shard.first(drafts)
         with counters.timed("plan"):
             self.plan(sequence, drafts)
         with counters.timed("verify"):
             logits = self.verify(sequence, drafts)
             accepted, following = accept(drafts, probabilities, logits, self.sampler, generator)
+            accepted, following = self.shard.first([accepted, following])
         with counters.timed("evict"):
             return self.conclude(sequence, drafts, accepted, following, stop_ids)
 
@@ -559,7 +564,8 @@ class Decoder:
         rows = self.new_rows(num_rows, capacity)
         saved = self.head_map
         prior = Prior(saved, self.policy.map_rows) if saved is not None and self.policy.map_rows else None
-        return AttentionOracle(rows, self.target.config.num_key_value_heads, prior, self.policy.lookahead)
+        num_heads = self.shard.heads(self.target.config.num_key_value_heads)
+        return AttentionOracle(rows, num_heads, prior, self.policy.lookahead, self.shard)
 
     def _feed(
         self, model: PreTrainedModel, cache: TieredCache, tokens: list[int], mass: AttentionMass | None = None

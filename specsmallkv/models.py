@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import random_model
+from . import random_model, tensor_parallel
 from .config import DTYPES, ModelConfig
 from .errors import UserError
 from .linear import Packed, PackedLinear, can_pack, choose_linear, pack_linears
@@ -79,11 +79,14 @@ class ModelPair:
 def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> ModelPair:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, config.linear)
-    linear = choose_linear(config.linear, dtype, device)
+    split = config.device == tensor_parallel.DEVICE
+    linear = "torch" if split and config.linear == "auto" else choose_linear(config.linear, dtype, device)
+    if split and linear == "packed":
+        raise UserError("model.linear=packed packs whole layers; use model.linear=torch with a split target.")
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
     target, tokenizer, origin = load_target(
-        config.target, dtype, device, quiet, _spread(config, need_draft, dtype, quiet)
+        config.target, dtype, device, quiet, _spread(config, need_draft, dtype, quiet), split
     )
     pair = ModelPair(target, None, tokenizer, origin, None)
     if need_draft and config.draft:
@@ -115,14 +118,21 @@ def _add_draft(pair: ModelPair, config: ModelConfig, dtype: torch.dtype, quiet: 
 
 
 def load_target(
-    source: str, dtype: torch.dtype, device: torch.device, quiet: bool = False, spread: DeviceMap | None = None
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quiet: bool = False,
+    spread: DeviceMap | None = None,
+    split: bool = False,
 ) -> Loaded:
-    """Any source, on one device or, with `spread`, its modules where that says."""
+    """Any source, on one device or, with `spread`, its modules where that says; split: shared by all processes."""
     if source.startswith("random:"):
+        if split:
+            raise UserError(f"model.target={source} is never split; use model.device=auto.")
         model = random_model.build(source, dtype).to(device)
         return _freeze(model), byte_tokenizer(), "random weights"
     directory = resolve(source, quiet)
-    model = _load_weights(directory, source, dtype, device, quiet, spread)
+    model = _load_weights(directory, source, dtype, device, quiet, spread, split)
     origin = getattr(model.config, "specsmallkv_origin", "safetensors")
     return model, load_tokenizer(directory, source), origin
 
@@ -148,6 +158,11 @@ def load_draft(
     facts = read_config(directory, source).get(DRAFT_KEY)
     if facts is None or not facts["shares_embeddings"]:
         return load_target(source, dtype, device, quiet)
+    if tensor_parallel.shard_of(target).size > 1:
+        raise UserError(
+            f"{source} uses the target's embeddings, which a target split over processes does not have as a whole; "
+            "use a draft with weights of its own, or model.device=auto."
+        )
     _check_distilled_for(facts, directory, source, target, target_source)
     model = _load_sharing_embeddings(directory, source, target, dtype, device)
     return model, target_tokenizer, "distilled draft"
@@ -169,6 +184,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
+    if name == tensor_parallel.DEVICE:
+        return tensor_parallel.local_device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -191,7 +208,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(repr([getattr(config, name) for name in (*names, "vocab_size")]).encode())
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+        sample = tensor_parallel.whole(weight.detach()).flatten()[:: max(1, weight.numel() // 64)]
         digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -207,12 +224,21 @@ def _saved_head_map(config: ModelConfig, target: PreTrainedModel, draft: PreTrai
 
 
 def _load_weights(
-    directory: Path, source: str, dtype: torch.dtype, device: torch.device, quiet: bool, spread: DeviceMap | None
+    directory: Path,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quiet: bool,
+    spread: DeviceMap | None,
+    split: bool = False,
 ) -> PreTrainedModel:
     config = typed_config(directory, source)
     check_weights(directory, source)
     where = spread or ({} if device.type == "cpu" else {"": device})
     placement: dict[str, Any] = {"device_map": where} if where else {}
+    if split:
+        tensor_parallel.check_heads(config.num_key_value_heads, source)
+        placement = {"tp_plan": "auto"}
     try:
         with _loading_messages(quiet):
             model, report = model_class(read_config(directory, source), source).from_pretrained(
@@ -229,6 +255,8 @@ def _load_weights(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"the weights of {source} cannot be loaded ({reason}); download them again.") from error
     _refuse_incomplete(report["missing_keys"], source)
+    if split:
+        tensor_parallel.mark(model)
     return _freeze(model)
 
 

@@ -15,6 +15,7 @@ from .attention import AttentionRows, window_mask
 from .backends import attention_probabilities
 from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
+from .tensor_parallel import Shard
 
 LOOKAHEADS = ("block", "drafted", "first")
 
@@ -35,11 +36,20 @@ def is_trusted(similarity: float) -> bool:
 class AttentionOracle:
     """num_kv_heads: of the target. block: buffer for the rows of one verify block, (M, k + 1, capacity).
 
-    prior: a saved head map, if there is one. lookahead: which rows of a block decide, one of LOOKAHEADS.
+    prior: a saved head map, if there is one. lookahead: which rows of a block decide, one of LOOKAHEADS. shard: whose
+    heads they are, if several processes share the target.
     """
 
-    def __init__(self, block: AttentionRows, num_kv_heads: int, prior: Prior | None = None, lookahead: str = "block"):
+    def __init__(
+        self,
+        block: AttentionRows,
+        num_kv_heads: int,
+        prior: Prior | None = None,
+        lookahead: str = "block",
+        shard: Shard | None = None,
+    ):
         self.block, self.num_kv_heads, self.prior, self.lookahead = block, num_kv_heads, prior, lookahead
+        self.shard = shard or Shard()
         self.head_map: HeadMap | None = None
         self.similarity = 1.0  # as `HeadMap.mean_similarity`, once there is a map
         self._sum = torch.zeros(block.buffer.shape[0], block.buffer.shape[2], device=block.buffer.device)
@@ -113,12 +123,12 @@ class AttentionOracle:
         self._sum[:, : draft_rows.shape[2]], self._count = draft_rows.sum(dim=1), draft_rows.shape[1]
 
     def _take(self, head_map: HeadMap) -> None:
-        self.head_map, self.similarity = head_map, head_map.mean_similarity
+        self.head_map, self.similarity = head_map, self.shard.mean(head_map.mean_similarity)
 
     def share(self, method: str, prior: Prior | None = None, lookahead: str = "block") -> "AttentionOracle":
         """Another oracle on the same block of rows and the same fit, with its own map and interval."""
         assert self._fit is not None, "fit before sharing"
-        other = AttentionOracle(self.block, self.num_kv_heads, prior, lookahead)
+        other = AttentionOracle(self.block, self.num_kv_heads, prior, lookahead, self.shard)
         other._fit = self._fit
         other._take(self._fit.solve(method, prior))
         other.history = self.history

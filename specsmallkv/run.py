@@ -10,8 +10,10 @@ point runs that has no record yet; one that fails leaves a record with its error
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import hydra
@@ -21,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import sweep
-from .cli import reported, run_command_line
+from .cli import quote, reported, run_command_line
 from .config import CONFIG_DIR, RunConfig, check
 from .errors import UserError
 from .explain import explain, refuse_several_options, refuse_unknown_keys
@@ -96,10 +98,19 @@ def run_task(config: RunConfig) -> dict[str, Any]:
     """What the task has to tell; if Ctrl-C ends it without a word of its own, what was asked for."""
     settings = asked_for(config)
     try:
+        from . import tensor_parallel
         from .presets import build  # with torch behind it, which takes seconds: Ctrl-C shall find a run to record
 
         task, config.policy = build(config.task, "task"), build(config.policy, "policy")
         refuse_unused_batch_size(task, config)
+        tensor_parallel.check_run(
+            config.model.device,
+            task.name,
+            config.batch_size,
+            config.speculation.name,
+            config.policy,
+            config.report or config.trace,
+        )
         reset_peak_memory()
         return task.run(config)
     except KeyboardInterrupt:
@@ -141,8 +152,28 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a console that cannot show a character shows a question mark
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the line of code that warns
     sweep.current = sweep.Sweep()
-    code = run_command_line(run, sys.argv[1:] if argv is None else argv)
+    with one_voice() as silenced:
+        code = run_command_line(run, [*(sys.argv[1:] if argv is None else argv), *silenced])
     return code or int(sweep.current.elsewhere and sweep.current.failed > 0)
+
+
+@contextmanager
+def one_voice() -> Iterator[list[str]]:
+    """Of processes that share a target (`tensor_parallel.py`) the first speaks; what the others would leave is lost.
+
+    Yields the overrides that see to it.
+    """
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            yield []
+            return
+        with TemporaryDirectory() as nowhere, open(os.devnull, "w") as silent, redirect_stdout(silent):
+            yield [f"hydra.run.dir={quote(nowhere)}", "hydra.output_subdir=null", "run_dir=null", "quiet=true"]
+    finally:
+        if "torch" in sys.modules:
+            from . import tensor_parallel
+
+            tensor_parallel.finish()
 
 
 if __name__ == "__main__":
