@@ -60,7 +60,7 @@ def test_two_processes_write_what_one_does_and_hold_half_of_the_cache_each(pair,
     assert together.stdout.count('"schema_version"') == 1 == alone.stdout.count('"schema_version"')
     assert (
         len(list((tmp_path / "outputs").iterdir())) == 2
-    )  # Hydra's directory of each run, none of the second process
+    )  # of each run, none of the second process
 
 
 def test_a_saved_map_is_cut_by_query_heads():
