@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from specsmallkv import SpecSmallKV, UserError
-from specsmallkv.benchmarks import longbench, ruler
+from specsmallkv.benchmarks import conversations, longbench, ruler
 from specsmallkv.benchmarks.data import SAMPLES
 from specsmallkv.benchmarks.ruler_make import common_words, frequent_words, variable_tracking
 from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
@@ -341,6 +341,75 @@ def test_a_file_of_rulers_own_is_read_with_its_prefix_apart(tmp_path):
     assert a.question == "What is the special magic uuid for k mentioned?" and a.prefix == new["answer_prefix"]
 
 
+# The hub
+
+PROBLEM = {"question": "What is 1 + 1?", "answer": "Two.\n#### 2"}
+TALK = {"question_id": 81, "category": "qa", "turns": ["Who?"]}
+HUB_ROWS = {  # further settings, a row in the hub's fields, what is asked for: repository, configuration, split, file
+    "gsm8k": ({}, PROBLEM, [("openai/gsm8k", "main", "test", None)]),
+    "bbh": (
+        {"tasks": ["snarks", "navigate"]},
+        {"input": "Is it?", "target": "(A)"},
+        [("SaylorTwift/bbh", "snarks", "test", None), ("SaylorTwift/bbh", "navigate", "test", None)],
+    ),
+    "mt_bench": (
+        {},
+        {"prompt_id": 81, "category": "stem", "prompt": ["Why?", "And?"]},
+        [("HuggingFaceH4/mt_bench_prompts", None, "train", None)],
+    ),
+    "spec_bench": (
+        {"num_examples": 9},
+        TALK,
+        [
+            ("RedHatAI/speculator_benchmarks", None, "train", f"{name}.jsonl")
+            for name in ("question", "translation", "summarization", "qa", "math_reasoning", "rag")
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_the_hubs_rows_are_read_from_where_the_documentation_says(tmp_path, monkeypatch, name):
+    """A stand-in for the library that keeps what it is asked for; one row each."""
+    changes, row, sources = HUB_ROWS[name]
+    asked = []
+
+    def load_dataset(repository, configuration=None, *, split, streaming, data_files):
+        asked.append((repository, configuration, split, data_files))
+        return [row]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    examples = task_of(name, data_path="hub", **changes).read(config(tmp_path))
+    assert asked == sources and len(examples) == len(sources)
+    first = row.get("question") or row.get("input") or (row.get("prompt") or row.get("turns"))[0]
+    assert all(first in example.question for example in examples)
+    table = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert all(repository in table for repository, *_ in sources)
+
+
+def test_every_published_task_of_bbh_can_be_read_from_the_hub_with_its_own_prompt(tmp_path, monkeypatch):
+    stand_in = SimpleNamespace(load_dataset=lambda *args, **options: [{"input": "Is it?", "target": "(A)"}] * 2)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    examples = task_of("bbh", data_path="hub", num_examples=1).read(config(tmp_path))
+    assert len({e.group for e in examples}) == len(examples) == 27
+    assert len({e.context for e in examples}) == 23  # tasks of one family differ in the number of objects alone
+    assert all("canary" not in e.context and e.context.count("Let's think step by step.") == 3 for e in examples)
+
+
+@pytest.mark.peers
+def test_the_real_library_reads_one_file_of_a_repository(tmp_path, monkeypatch):
+    """A directory takes the hub's place."""
+    pytest.importorskip("datasets")
+    for name in conversations.SPEC_BENCH_FILES:
+        row = TALK | {"category": "writing" if name == "question" else name, "turns": [f"Ask {name}."]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    sources = [source._replace(repository=str(tmp_path)) for source in conversations.HUB_SOURCES["spec_bench"]]
+    monkeypatch.setitem(conversations.HUB_SOURCES, "spec_bench", sources)
+    examples = task_of("spec_bench", data_path="hub").read(config(tmp_path))
+    assert [e.group for e in examples] == list(conversations.SPEC_BENCH)
+    assert [e.question for e in examples] == [f"Ask {name}." for name in conversations.SPEC_BENCH_FILES]
+
+
 # What is refused
 
 
@@ -376,7 +445,6 @@ def test_a_bad_row_is_refused_with_file_and_row(tmp_path, name, content, problem
         ("gsm8k", {"baselines": ["all"]}, "task.baselines names all"),
         ("bbh", {"tasks": ["nope"]}, "task.tasks names nope"),
         ("bbh", {"data_path": "."}, "cot-prompts"),
-        ("bbh", {"data_path": "hub"}, "task.data_path=hub has no rows for this task"),
         ("longbench", {"tasks": ["lsht"]}, "task.tasks names lsht"),
         ("longbench", {"max_length": 1}, "task.max_length=1"),
         ("ruler", {"length": 0}, "task.length=0"),
@@ -404,4 +472,4 @@ def test_the_hub_without_its_library_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_the_samples_are_small():
-    assert sum(path.stat().st_size for path in SAMPLES.rglob("*")) < 150_000
+    assert sum(path.stat().st_size for path in SAMPLES.rglob("*") if path.is_file()) < 250_000
