@@ -269,6 +269,49 @@ def test_longbench_reads_one_file_and_answers_that_are_text(tmp_path):
         task_of("longbench", data_path=str(tmp_path / "some.jsonl"), tasks=["trec"]).read(config(tmp_path))
 
 
+HOTPOT = {  # a row as its authors publish it
+    "_id": "5a",
+    "question": "Who built it?",
+    "answer": "Orrin Vale",
+    "supporting_facts": [["Bridge", 0]],
+    "context": [["Bridge", ["It was built by Vale.", " It has nine arches."]], ["Vale", ["An engineer."]]],
+    "type": "bridge",
+    "level": "hard",
+}
+MEETING = {
+    "topic_list": [],
+    "general_query_list": [{"query": "Summarize the meeting.", "answer": "A sign was agreed on."}],
+    "specific_query_list": [
+        {"query": "What of the clock?", "answer": "It stays.", "relevant_text_span": [["0", "1"]]}
+    ],
+    "meeting_transcripts": [{"speaker": "Chair", "content": "The clock ?"}, {"speaker": "Tom", "content": "A sign ."}],
+}
+
+
+def test_hotpotqas_own_rows_are_asked_with_longbenchs_prompt(tmp_path):
+    (tmp_path / "hotpot_dev.json").write_text(json.dumps([HOTPOT]))
+    (example,) = task_of("longbench", data_path=str(tmp_path / "hotpot_dev.json")).read(config(tmp_path))
+    prompt = json.loads((SAMPLES / "longbench" / "tasks.json").read_text())["hotpotqa"]["prompt"]
+    context = "Passage 1:\nBridge\nIt was built by Vale. It has nine arches.\n\nPassage 2:\nVale\nAn engineer."
+    assert example.context + example.question == prompt.format(context=context, input="Who built it?")
+    assert (example.group, example.expected, example.max_new_tokens) == ("hotpotqa", ["Orrin Vale"], 32)
+    assert example.judge("It was Orrin Vale.").score == pytest.approx(2 / 3)
+
+
+def test_each_query_of_a_qmsum_meeting_is_asked_with_longbenchs_prompt(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps(MEETING) + "\n" + json.dumps(MEETING))
+    task = task_of("longbench", data_path=str(tmp_path / "test.jsonl"), tasks=["qmsum"], num_examples=3)
+    first, second, third = task.read(config(tmp_path))
+    prompt = json.loads((SAMPLES / "longbench" / "tasks.json").read_text())["qmsum"]["prompt"]
+    context = "Chair: The clock ?\nTom: A sign ."
+    assert first.context + first.question == prompt.format(context=context, input="Summarize the meeting.")
+    assert second.context + second.question == prompt.format(context=context, input="What of the clock?")
+    assert [e.expected for e in (first, second, third)] == [["A sign was agreed on."], ["It stays."], first.expected]
+    assert {e.group for e in (first, second, third)} == {"qmsum"} and second.judge("It stays.").score > 0.99
+    with pytest.raises(UserError, match="has no rows of hotpotqa"):
+        task_of("longbench", data_path=str(tmp_path / "test.jsonl"), tasks=["hotpotqa"]).read(config(tmp_path))
+
+
 # RULER
 
 
@@ -424,6 +467,10 @@ def test_the_real_library_reads_one_file_of_a_repository(tmp_path, monkeypatch):
         ("gsm8k", "[", "line 1 is not JSON"),
         ("longbench", '{"context": "", "input": "", "dataset": "trec", "answers": ["a"]}', "no field all_classes"),
         ("longbench", '{"context": "", "input": "", "dataset": "lcc", "answers": "["}', "answers that are no list"),
+        ("longbench", json.dumps(HOTPOT | {"context": [["a", "b"]]}), r"no list of \[title, sentences\]"),
+        ("longbench", json.dumps(HOTPOT | {"answer": 3}), "no field answer of type str"),
+        ("longbench", json.dumps(MEETING | {"meeting_transcripts": ["a"]}), "no field speaker of type str"),
+        ("longbench", json.dumps(MEETING | {"general_query_list": [{"query": "a"}]}), "no field answer of type str"),
         ("ruler", '{"input": "one line", "outputs": ["a"]}', "an input without a question in its last line"),
         ("ruler", '{"input": "a\\nb", "outputs": [1]}', "outputs that are no list of texts"),
         ("mt_bench", '{"question_id": 1, "category": "stem", "turns": []}', "turns that are no list of texts"),
