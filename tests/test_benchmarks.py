@@ -34,6 +34,8 @@ SMALL = {  # two examples each
         "length": 2400,
         "policies": ["h2o", "specsmallkv"],
     },
+    "humaneval": {"num_examples": 2},
+    "mbpp": {"num_examples": 2, "query_aware": False},
     "mt_bench": {"num_examples": 1, "categories": ["stem", "humanities"]},
     "spec_bench": {"num_examples": 2, "categories": ["qa"], "baselines": ["full", "autoregressive"]},
 }
@@ -136,9 +138,11 @@ def check_own_keys(name, record):
     """What each benchmark adds to the record."""
     first = record["results"][0]
     assert (
-        set(first["groups"]) == {row["group"] for row in rows_of(record)} if name != "gsm8k" else "groups" not in first
+        set(first["groups"]) == {row["group"] for row in rows_of(record)}
+        if name not in ("gsm8k", "humaneval", "mbpp")
+        else "groups" not in first
     )
-    judged = name not in ("mt_bench", "spec_bench")
+    judged = name not in ("humaneval", "mbpp", "mt_bench", "spec_bench")
     assert (record["accuracy"] is not None) == judged == (record["accuracy_interval"] is not None)
     if name == "spec_bench":
         assert first["groups"]["qa"]["speedup"] > 0 and 0 <= first["groups"]["qa"]["acceptance_rate"] <= 1
@@ -395,6 +399,16 @@ HUB_ROWS = {  # further settings, a row in the hub's fields, what is asked for: 
         {"input": "Is it?", "target": "(A)"},
         [("SaylorTwift/bbh", "snarks", "test", None), ("SaylorTwift/bbh", "navigate", "test", None)],
     ),
+    "humaneval": (
+        {},
+        {"task_id": "HumanEval/0", "prompt": "def f():", "test": "", "entry_point": "f"},
+        [("openai/openai_humaneval", None, "test", None)],
+    ),
+    "mbpp": (
+        {},
+        {"task_id": 11, "prompt": "Add.", "test_list": ["assert add"], "test_imports": []},
+        [("google-research-datasets/mbpp", "sanitized", "test", None)],
+    ),
     "mt_bench": (
         {},
         {"prompt_id": 81, "category": "stem", "prompt": ["Why?", "And?"]},
@@ -424,7 +438,8 @@ def test_the_hubs_rows_are_read_from_where_the_documentation_says(tmp_path, monk
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     examples = task_of(name, data_path="hub", **changes).read(config(tmp_path))
     assert asked == sources and len(examples) == len(sources)
-    first = row.get("question") or row.get("input") or (row.get("prompt") or row.get("turns"))[0]
+    values = (row[key] for key in ("question", "input", "prompt", "turns") if key in row)
+    first = next(value if isinstance(value, str) else value[0] for value in values)
     assert all(first in example.question for example in examples)
     table = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
     assert all(repository in table for repository, *_ in sources)
