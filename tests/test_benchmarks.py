@@ -510,6 +510,7 @@ def test_a_bad_row_is_refused_with_file_and_row(tmp_path, name, content, problem
         ("longbench", {"tasks": ["lsht"]}, "task.tasks names lsht"),
         ("longbench", {"max_length": 1}, "task.max_length=1"),
         ("ruler", {"length": 0}, "task.length=0"),
+        ("ruler", {"data_path": "hub"}, "task.data_path=hub has no rows for this task"),
         ("ruler", {"seed": "x"}, "task.seed=x"),
         ("mt_bench", {"categories": ["qa"]}, "task.categories names qa"),
         ("perplexity", {"rows": "both"}, "task.rows=both"),

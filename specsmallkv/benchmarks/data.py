@@ -29,6 +29,8 @@ def rows_of(data_path: str | None, sample: str, *hub: HubSource) -> Iterator[Row
 
     Raises UserError for what cannot be read, with file and line.
     """
+    if data_path == HUB and not hub:
+        raise UserError(f"{KEY}={HUB} has no rows for this task; docs/benchmarks.md says where its files are.")
     if data_path == HUB:
         for source in hub:
             yield from hub_rows(source)
