@@ -44,9 +44,14 @@ def parse(key: str, source: str) -> tuple[str, dict[str, str]]:
 
 
 def load_hub(
-    where: str, repository: str, configuration: str | None, split: str, streaming: bool = False
+    where: str,
+    repository: str,
+    configuration: str | None,
+    split: str,
+    streaming: bool = False,
+    file: str | None = None,
 ) -> Iterator[Any]:
-    """Rows of a data set; where: the setting that names it, for a UserError if it cannot be had."""
+    """Rows of a data set, or of one file of its repository; where: the setting that names it, for a UserError."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -55,7 +60,7 @@ def load_hub(
             "or give a local file."
         ) from None
     try:
-        yield from load_dataset(repository, configuration, split=split, streaming=streaming)
+        yield from load_dataset(repository, configuration, split=split, streaming=streaming, data_files=file)
     except Exception as error:  # offline, gated, moved: the library raises some dozen types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: {repository} cannot be loaded ({reason}); give a local file.") from None

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from specsmallkv import SpecSmallKV, UserError
-from specsmallkv.benchmarks import longbench, ruler
+from specsmallkv.benchmarks import conversations, longbench, ruler
 from specsmallkv.benchmarks.data import SAMPLES
 from specsmallkv.benchmarks.ruler_make import common_words, frequent_words, variable_tracking
 from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
@@ -34,6 +34,8 @@ SMALL = {  # two examples each
         "length": 2400,
         "policies": ["h2o", "specsmallkv"],
     },
+    "humaneval": {"num_examples": 2},
+    "mbpp": {"num_examples": 2, "query_aware": False},
     "mt_bench": {"num_examples": 1, "categories": ["stem", "humanities"]},
     "spec_bench": {"num_examples": 2, "categories": ["qa"], "baselines": ["full", "autoregressive"]},
 }
@@ -136,9 +138,11 @@ def check_own_keys(name, record):
     """What each benchmark adds to the record."""
     first = record["results"][0]
     assert (
-        set(first["groups"]) == {row["group"] for row in rows_of(record)} if name != "gsm8k" else "groups" not in first
+        set(first["groups"]) == {row["group"] for row in rows_of(record)}
+        if name not in ("gsm8k", "humaneval", "mbpp")
+        else "groups" not in first
     )
-    judged = name not in ("mt_bench", "spec_bench")
+    judged = name not in ("humaneval", "mbpp", "mt_bench", "spec_bench")
     assert (record["accuracy"] is not None) == judged == (record["accuracy_interval"] is not None)
     if name == "spec_bench":
         assert first["groups"]["qa"]["speedup"] > 0 and 0 <= first["groups"]["qa"]["acceptance_rate"] <= 1
@@ -269,6 +273,49 @@ def test_longbench_reads_one_file_and_answers_that_are_text(tmp_path):
         task_of("longbench", data_path=str(tmp_path / "some.jsonl"), tasks=["trec"]).read(config(tmp_path))
 
 
+HOTPOT = {  # a row as its authors publish it
+    "_id": "5a",
+    "question": "Who built it?",
+    "answer": "Orrin Vale",
+    "supporting_facts": [["Bridge", 0]],
+    "context": [["Bridge", ["It was built by Vale.", " It has nine arches."]], ["Vale", ["An engineer."]]],
+    "type": "bridge",
+    "level": "hard",
+}
+MEETING = {
+    "topic_list": [],
+    "general_query_list": [{"query": "Summarize the meeting.", "answer": "A sign was agreed on."}],
+    "specific_query_list": [
+        {"query": "What of the clock?", "answer": "It stays.", "relevant_text_span": [["0", "1"]]}
+    ],
+    "meeting_transcripts": [{"speaker": "Chair", "content": "The clock ?"}, {"speaker": "Tom", "content": "A sign ."}],
+}
+
+
+def test_hotpotqas_own_rows_are_asked_with_longbenchs_prompt(tmp_path):
+    (tmp_path / "hotpot_dev.json").write_text(json.dumps([HOTPOT]))
+    (example,) = task_of("longbench", data_path=str(tmp_path / "hotpot_dev.json")).read(config(tmp_path))
+    prompt = json.loads((SAMPLES / "longbench" / "tasks.json").read_text())["hotpotqa"]["prompt"]
+    context = "Passage 1:\nBridge\nIt was built by Vale. It has nine arches.\n\nPassage 2:\nVale\nAn engineer."
+    assert example.context + example.question == prompt.format(context=context, input="Who built it?")
+    assert (example.group, example.expected, example.max_new_tokens) == ("hotpotqa", ["Orrin Vale"], 32)
+    assert example.judge("It was Orrin Vale.").score == pytest.approx(2 / 3)
+
+
+def test_each_query_of_a_qmsum_meeting_is_asked_with_longbenchs_prompt(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps(MEETING) + "\n" + json.dumps(MEETING))
+    task = task_of("longbench", data_path=str(tmp_path / "test.jsonl"), tasks=["qmsum"], num_examples=3)
+    first, second, third = task.read(config(tmp_path))
+    prompt = json.loads((SAMPLES / "longbench" / "tasks.json").read_text())["qmsum"]["prompt"]
+    context = "Chair: The clock ?\nTom: A sign ."
+    assert first.context + first.question == prompt.format(context=context, input="Summarize the meeting.")
+    assert second.context + second.question == prompt.format(context=context, input="What of the clock?")
+    assert [e.expected for e in (first, second, third)] == [["A sign was agreed on."], ["It stays."], first.expected]
+    assert {e.group for e in (first, second, third)} == {"qmsum"} and second.judge("It stays.").score > 0.99
+    with pytest.raises(UserError, match="has no rows of hotpotqa"):
+        task_of("longbench", data_path=str(tmp_path / "test.jsonl"), tasks=["hotpotqa"]).read(config(tmp_path))
+
+
 # RULER
 
 
@@ -341,6 +388,86 @@ def test_a_file_of_rulers_own_is_read_with_its_prefix_apart(tmp_path):
     assert a.question == "What is the special magic uuid for k mentioned?" and a.prefix == new["answer_prefix"]
 
 
+# The hub
+
+PROBLEM = {"question": "What is 1 + 1?", "answer": "Two.\n#### 2"}
+TALK = {"question_id": 81, "category": "qa", "turns": ["Who?"]}
+HUB_ROWS = {  # further settings, a row in the hub's fields, what is asked for: repository, configuration, split, file
+    "gsm8k": ({}, PROBLEM, [("openai/gsm8k", "main", "test", None)]),
+    "bbh": (
+        {"tasks": ["snarks", "navigate"]},
+        {"input": "Is it?", "target": "(A)"},
+        [("SaylorTwift/bbh", "snarks", "test", None), ("SaylorTwift/bbh", "navigate", "test", None)],
+    ),
+    "humaneval": (
+        {},
+        {"task_id": "HumanEval/0", "prompt": "def f():", "test": "", "entry_point": "f"},
+        [("openai/openai_humaneval", None, "test", None)],
+    ),
+    "mbpp": (
+        {},
+        {"task_id": 11, "prompt": "Add.", "test_list": ["assert add"], "test_imports": []},
+        [("google-research-datasets/mbpp", "sanitized", "test", None)],
+    ),
+    "mt_bench": (
+        {},
+        {"prompt_id": 81, "category": "stem", "prompt": ["Why?", "And?"]},
+        [("HuggingFaceH4/mt_bench_prompts", None, "train", None)],
+    ),
+    "spec_bench": (
+        {"num_examples": 9},
+        TALK,
+        [
+            ("RedHatAI/speculator_benchmarks", None, "train", f"{name}.jsonl")
+            for name in ("question", "translation", "summarization", "qa", "math_reasoning", "rag")
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_the_hubs_rows_are_read_from_where_the_documentation_says(tmp_path, monkeypatch, name):
+    """A stand-in for the library that keeps what it is asked for; one row each."""
+    changes, row, sources = HUB_ROWS[name]
+    asked = []
+
+    def load_dataset(repository, configuration=None, *, split, streaming, data_files):
+        asked.append((repository, configuration, split, data_files))
+        return [row]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    examples = task_of(name, data_path="hub", **changes).read(config(tmp_path))
+    assert asked == sources and len(examples) == len(sources)
+    values = (row[key] for key in ("question", "input", "prompt", "turns") if key in row)
+    first = next(value if isinstance(value, str) else value[0] for value in values)
+    assert all(first in example.question for example in examples)
+    table = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    assert all(repository in table for repository, *_ in sources)
+
+
+def test_every_published_task_of_bbh_can_be_read_from_the_hub_with_its_own_prompt(tmp_path, monkeypatch):
+    stand_in = SimpleNamespace(load_dataset=lambda *args, **options: [{"input": "Is it?", "target": "(A)"}] * 2)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    examples = task_of("bbh", data_path="hub", num_examples=1).read(config(tmp_path))
+    assert len({e.group for e in examples}) == len(examples) == 27
+    assert len({e.context for e in examples}) == 23  # tasks of one family differ in the number of objects alone
+    assert all("canary" not in e.context and e.context.count("Let's think step by step.") == 3 for e in examples)
+
+
+@pytest.mark.peers
+def test_the_real_library_reads_one_file_of_a_repository(tmp_path, monkeypatch):
+    """A directory takes the hub's place."""
+    pytest.importorskip("datasets")
+    for name in conversations.SPEC_BENCH_FILES:
+        row = TALK | {"category": "writing" if name == "question" else name, "turns": [f"Ask {name}."]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    sources = [source._replace(repository=str(tmp_path)) for source in conversations.HUB_SOURCES["spec_bench"]]
+    monkeypatch.setitem(conversations.HUB_SOURCES, "spec_bench", sources)
+    examples = task_of("spec_bench", data_path="hub").read(config(tmp_path))
+    assert [e.group for e in examples] == list(conversations.SPEC_BENCH)
+    assert [e.question for e in examples] == [f"Ask {name}." for name in conversations.SPEC_BENCH_FILES]
+
+
 # What is refused
 
 
@@ -355,6 +482,10 @@ def test_a_file_of_rulers_own_is_read_with_its_prefix_apart(tmp_path):
         ("gsm8k", "[", "line 1 is not JSON"),
         ("longbench", '{"context": "", "input": "", "dataset": "trec", "answers": ["a"]}', "no field all_classes"),
         ("longbench", '{"context": "", "input": "", "dataset": "lcc", "answers": "["}', "answers that are no list"),
+        ("longbench", json.dumps(HOTPOT | {"context": [["a", "b"]]}), r"no list of \[title, sentences\]"),
+        ("longbench", json.dumps(HOTPOT | {"answer": 3}), "no field answer of type str"),
+        ("longbench", json.dumps(MEETING | {"meeting_transcripts": ["a"]}), "no field speaker of type str"),
+        ("longbench", json.dumps(MEETING | {"general_query_list": [{"query": "a"}]}), "no field answer of type str"),
         ("ruler", '{"input": "one line", "outputs": ["a"]}', "an input without a question in its last line"),
         ("ruler", '{"input": "a\\nb", "outputs": [1]}', "outputs that are no list of texts"),
         ("mt_bench", '{"question_id": 1, "category": "stem", "turns": []}', "turns that are no list of texts"),
@@ -376,10 +507,10 @@ def test_a_bad_row_is_refused_with_file_and_row(tmp_path, name, content, problem
         ("gsm8k", {"baselines": ["all"]}, "task.baselines names all"),
         ("bbh", {"tasks": ["nope"]}, "task.tasks names nope"),
         ("bbh", {"data_path": "."}, "cot-prompts"),
-        ("bbh", {"data_path": "hub"}, "task.data_path=hub has no rows for this task"),
         ("longbench", {"tasks": ["lsht"]}, "task.tasks names lsht"),
         ("longbench", {"max_length": 1}, "task.max_length=1"),
         ("ruler", {"length": 0}, "task.length=0"),
+        ("ruler", {"data_path": "hub"}, "task.data_path=hub has no rows for this task"),
         ("ruler", {"seed": "x"}, "task.seed=x"),
         ("mt_bench", {"categories": ["qa"]}, "task.categories names qa"),
         ("perplexity", {"rows": "both"}, "task.rows=both"),
@@ -404,4 +535,4 @@ def test_the_hub_without_its_library_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_the_samples_are_small():
-    assert sum(path.stat().st_size for path in SAMPLES.rglob("*")) < 150_000
+    assert sum(path.stat().st_size for path in SAMPLES.rglob("*") if path.is_file()) < 250_000

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on our generator: its own HFLM's answers at budget 1, compression below, one sentence each."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -314,3 +315,21 @@ def test_the_command_line_ends_with_the_record(harness, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["task"] == "lm_eval" and record["n"] == 4 and 0 <= record["acc"] <= 1
+
+
+def test_the_documented_task_over_a_file_of_the_package_runs_offline(harness, tmp_path, monkeypatch):
+    """The command as docs/benchmarks.md has it, from the root of a clone."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    root = Path(__file__).resolve().parents[1]
+    lines = (root / "docs" / "benchmarks.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("python") and "docs/lm_eval" in line]
+    command = [sys.executable, *shlex.split(line)[1:], "+model=tiny-random", "max_new_tokens=8", f"run_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (record["name"], record["n"], record["generated_texts"]) == ("gsm8k_sample", 5, 5)
+    assert 0 <= record["exact_match,last-number"] <= 1
+    samples = [*map(json.loads, Path(record["examples_file"]).read_text().splitlines())]
+    assert [sample["target"] for sample in samples] == ["18", "3", "70000", "540", "20"]
+    assert all("Question: " in str(sample["arguments"]) for sample in samples)

@@ -62,6 +62,8 @@ def arguments(task: str, text_file: Path) -> list[str]:
         "bbh": ["task.num_examples=1", "task.tasks=[sports_understanding]"],
         "longbench": ["task.num_examples=1", "task.tasks=[trec]"],
         "ruler": ["task.num_examples=1", "task.tasks=[niah_single_1]", "task.length=600"],
+        "humaneval": ["task.num_examples=1", "task.execute=true"],
+        "mbpp": ["task.num_examples=1"],
         "mt_bench": ["task.num_examples=1", "task.categories=[stem]"],
         "spec_bench": ["task.num_examples=1", "task.categories=[qa]"],
         "perplexity": ["task.num_examples=1", "task.context_tokens=64", "task.eval_tokens=4"],

@@ -16,14 +16,17 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..tasks.benchmark import Benchmark
 from ..tasks.systems import System
-from .data import chosen, need, rows_of
+from .data import HubSource, chosen, need, rows_of
 from .example import Example
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 SPEC_BENCH = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
-HUB_SOURCES: dict[str, tuple[str, str | None, str] | None] = {
-    "mt_bench": ("HuggingFaceH4/mt_bench_prompts", None, "train"),
-    "spec_bench": None,
+SPEC_BENCH_FILES = ("question", *SPEC_BENCH[1:])  # MT-Bench's questions, then a file for each other category
+HUB_SOURCES = {
+    "mt_bench": [HubSource("HuggingFaceH4/mt_bench_prompts", None, "train")],
+    "spec_bench": [
+        HubSource("RedHatAI/speculator_benchmarks", None, "train", f"{name}.jsonl") for name in SPEC_BENCH_FILES
+    ],
 }
 
 
@@ -42,7 +45,7 @@ class Conversations(Benchmark):
     def read(self, config: RunConfig) -> list[Example]:
         wanted = dict.fromkeys(chosen(self.known, self.categories, "task.categories"), 0)
         found: list[Example] = []
-        for where, row in rows_of(self.data_path, f"{self.name}.jsonl", HUB_SOURCES[self.name]):
+        for where, row in rows_of(self.data_path, f"{self.name}.jsonl", *HUB_SOURCES[self.name]):
             example = question(row, where, self.known)
             if wanted.get(example.group, self.num_examples) < self.num_examples:
                 wanted[example.group] += 1

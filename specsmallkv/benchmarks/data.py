@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..hub_text import load_hub
@@ -15,13 +15,25 @@ SAMPLES = Path(__file__).resolve().parents[1] / "data" / "benchmarks"
 Row = tuple[str, Any]  # where it stands, for messages, and what it holds
 
 
-def rows_of(data_path: str | None, sample: str, hub: tuple[str, str | None, str] | None = None) -> Iterator[Row]:
-    """Rows of `data_path`: JSONL or a JSON list (.gz too), the hub's (repository, configuration, split), or a sample.
+class HubSource(NamedTuple):
+    """A data set of the hub. file: the one file of a repository of plain files; its only split is then `train`."""
+
+    repository: str
+    configuration: str | None
+    split: str
+    file: str | None = None
+
+
+def rows_of(data_path: str | None, sample: str, *hub: HubSource) -> Iterator[Row]:
+    """Rows of `data_path`: JSONL or a JSON list (.gz too), the hub's sources one after the other, or a sample.
 
     Raises UserError for what cannot be read, with file and line.
     """
+    if data_path == HUB and not hub:
+        raise UserError(f"{KEY}={HUB} has no rows for this task; docs/benchmarks.md says where its files are.")
     if data_path == HUB:
-        yield from hub_rows(hub)
+        for source in hub:
+            yield from hub_rows(source)
     elif data_path is not None and data_path.removesuffix(".gz").endswith(".json"):
         yield from list_rows(data_path)
     else:
@@ -41,14 +53,12 @@ def list_rows(path: str, field: str | None = None) -> Iterator[Row]:
         yield f"{KEY}={path} row {number}", row
 
 
-def hub_rows(source: tuple[str, str | None, str] | None) -> Iterator[Row]:
+def hub_rows(source: HubSource) -> Iterator[Row]:
     """Rows of a dataset on the hub, through the optional `datasets` library."""
-    if source is None:
-        raise UserError(f"{KEY}={HUB} has no rows for this task; docs/benchmarks.md says where its files are.")
-    repository, configuration, split = source
-    rows = load_hub(f"{KEY}={HUB}", repository, configuration, split)
+    rows = load_hub(f"{KEY}={HUB}", source.repository, source.configuration, source.split, file=source.file)
+    name = " ".join(filter(None, (source.repository, source.configuration or source.file)))
     for number, row in enumerate(rows, start=1):
-        yield f"{repository} row {number}", row
+        yield f"{name} row {number}", row
 
 
 def need(row: Any, where: str, **kinds: Any) -> list[Any]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..config import RunConfig
 from ..tasks.benchmark import ContextBenchmark
-from .data import SAMPLES, list_rows, need, rows_of
+from .data import SAMPLES, HubSource, list_rows, need, rows_of
 from .example import Example, Verdict
 from .scorers import last_number
 
-HUB_SOURCE = ("openai/gsm8k", "main", "test")
+HUB_SOURCE = HubSource("openai/gsm8k", "main", "test")
 MARK = "#### "  # stands before the answer in a row of the data
 
 

@@ -21,6 +21,7 @@ from ..tasks.systems import limit_of
 from . import scorers
 from .data import HUB, KEY, SAMPLES, Row, chosen, need, rows_of
 from .example import Example, Verdict
+from .longbench_sources import in_longbench_fields
 
 SCORERS: dict[str, Callable[[str, str], float]] = {
     "narrativeqa": scorers.qa_f1,
@@ -61,7 +62,8 @@ class Document(Example):
 
 @dataclass
 class LongBench(ContextBenchmark):
-    """tasks: of NAMES, empty is all; num_examples counts for each. data_path: folder of NAME.jsonl, or one such file.
+    """tasks: of NAMES, empty is all; num_examples counts for each. data_path: folder of NAME.jsonl, one such file, or
+    one of HotpotQA's or QMSum's own (`longbench_sources.py`).
 
     max_length: longest prompt in tokens, before the chat template; None: as the models' context windows allow.
     """
@@ -89,13 +91,13 @@ class LongBench(ContextBenchmark):
         """A file's rows count for the task that they or the file's name belong to."""
         path = Path(hub_folder() if self.data_path == HUB else self.data_path or SAMPLES / "longbench").expanduser()
         if not path.is_dir():
-            rows = rows_of(str(path), "")
+            rows = in_longbench_fields(rows_of(str(path), ""))
             stem = path.name.partition(".")[0]
             return (row for row in rows if isinstance(row[1], dict) and row[1].get("dataset", stem) == name)
         file = next((file for ext in ("jsonl", "jsonl.gz") if (file := path / f"{name}.{ext}").is_file()), None)
         if file is None and self.tasks:
             raise UserError(f"{KEY}={path} has no {name}.jsonl; leave the task out, or add the file.")
-        return rows_of(str(file), "") if file else iter(())
+        return in_longbench_fields(rows_of(str(file), "")) if file else iter(())
 
     def fit(self, examples: list[Example], spec: SpecSmallKV, config: RunConfig) -> list[Example]:
         models = [model for model in (spec.pair.target, spec.pair.draft) if model is not None]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ..benchmarks.data import HUB, KEY, SAMPLES, hub_rows
+from ..benchmarks.data import HUB, KEY, SAMPLES, HubSource, hub_rows
 from ..config import RunConfig
 from ..display import Display
 from ..errors import UserError
@@ -26,7 +26,7 @@ from .benchmark_results import headline
 from .generate import load_generator, setting_figures
 from .grid import neediest, policy_grid
 
-HUB_SOURCE = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+HUB_SOURCE = HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
 
 @dataclass
