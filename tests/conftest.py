@@ -65,12 +65,18 @@ def tiny_model(
     return model_class(config).eval()
 
 
-def run_task(*overrides: str) -> dict:
-    """The record of a task as the command line would compose it, without the command line."""
+def compose_run(*overrides: str) -> tuple:
+    """Configuration and task as the command line would compose them."""
     with initialize_config_dir(str(CONFIG_DIR), version_base=None):
         node = compose("config", list(overrides))
     config = OmegaConf.to_object(node)
     config.policy, task = build(node.policy, "policy"), build(node.task, "task")
+    return config, task
+
+
+def run_task(*overrides: str) -> dict:
+    """The record of a task, without the command line."""
+    config, task = compose_run(*overrides)
     return task.run(config)
 
 

@@ -1,11 +1,11 @@
 r"""Invariant 1 on a real pair, float32 (slow; about 9 GB of memory with Qwen2.5-Coder 1.5B and 0.5B):
 
     [SPECSMALLKV_TEST_PAIR=TARGET_DIR:DRAFT_DIR] [SPECSMALLKV_TEST_PROMPTS=questions.jsonl] \
-        python -m pytest -m slow tests/test_real_pair.py
+        [SPECSMALLKV_TEST_GSM8K=test.jsonl] python -m pytest -m slow tests/test_real_pair.py
 
 Without a pair given, qwen2.5-coder-1.5b and -0.5b are looked for in specsmallkv-pairs of the user's cache directory.
 The prompts file has MT-Bench's format ({"turns": [...]} a row); five of its rows are taken. A few questions stand here
-for those who have none.
+for those who have none. The first ten problems of GSM8K are answered as well.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose_run
 
 from specsmallkv import SpecSmallKV, load_policy
 from specsmallkv.config import ModelConfig
@@ -30,6 +31,8 @@ pytestmark = [
     ),
 ]
 NEW_TOKENS = 64
+GSM8K = os.environ.get("SPECSMALLKV_TEST_GSM8K", "null")  # test.jsonl; else the problems of the package
+NUM_PROBLEMS, LONGEST = 10, 256
 QUESTIONS = [
     "Compose a short travel story about a recent trip to an island.",
     "Describe a bustling marketplace in four sentences.",
@@ -67,7 +70,7 @@ def expected(pair):
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])
-def test_budget_one_equals_transformers_generate_on_a_real_pair(expected, pair, num_draft_tokens):
+def test_budget_one_equals_transformers_generate_on_a_real_pair(expected, solved, pair, num_draft_tokens):
     """One policy stands for all: at budget 1 none of them evicts (tests/test_decode.py runs each)."""
     spec = SpecSmallKV(pair, load_policy("specsmallkv", kv_budget=1.0), num_draft_tokens)
     assert len(expected) == 5
@@ -75,3 +78,31 @@ def test_budget_one_equals_transformers_generate_on_a_real_pair(expected, pair, 
         generation = spec.generate(question, max_new_tokens=NEW_TOKENS)
         assert generation.token_ids == tokens, question
         assert bool(generation.figures()["drafted_tokens"]) == bool(num_draft_tokens)
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """GSM8K's first problems, each behind its worked examples, as `task=gsm8k` asks them."""
+    config, task = compose_run("task=gsm8k", f"task.data_path={GSM8K}", f"task.num_examples={NUM_PROBLEMS}")
+    return task.read(config)
+
+
+@pytest.fixture(scope="module")
+def solved(pair, expected, problems):
+    """transformers' greedy answers, before anything of ours touches its attention."""
+    answers, tokenizer = [], pair.tokenizer
+    for problem in problems:
+        ids = tokenizer(problem.context + problem.question, return_tensors="pt").input_ids
+        options = {"stop_strings": list(problem.stop), "tokenizer": tokenizer, "repetition_penalty": 1.0}
+        output = pair.target.generate(ids, max_new_tokens=LONGEST, do_sample=False, **options)
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        answers.append(text.split(problem.stop[0])[0])
+    return answers
+
+
+def test_the_full_cache_answers_gsm8k_as_transformers_generate_does(solved, problems, pair):
+    spec, answers = SpecSmallKV(pair, load_policy("full"), num_draft_tokens=0), []
+    for problem in problems:
+        prompt = problem.context + problem.question
+        answers.append(spec.generate(prompt, max_new_tokens=LONGEST, stop=problem.stop, chat=False).text)
+    assert answers == solved and len(solved) == NUM_PROBLEMS
