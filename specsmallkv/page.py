@@ -144,20 +144,29 @@ def attention(trace: "Trace") -> dict[str, Any] | None:
 
 
 def sample_data(sample: "AttentionSample", sinks: int) -> dict[str, Any]:
-    rows = [
-        {
+    rows = []
+    for layer, head, target, predicted, kept, marginal in sample.rows:
+        compared = np.arange(len(kept)) >= sinks
+        if not sample.everything:  # what is gone cannot be compared
+            compared &= kept
+        row = {
             "layer": layer,
             "head": head,
-            "similarity": round(cosine(target[sinks:], predicted[sinks:]), 4),
+            "similarity": round(cosine(target[compared], predicted[compared]), 4),
             "kept_share": round(float(kept.mean()), 4),
             "kept_mass": round(float(target[kept].sum()), 4),
+            "predicted_mass": round(float(predicted[kept].sum()), 4),
+            "predicted_marginal": round(float(predicted[marginal].sum()), 4),
             "target": quantised(target),
             "predicted": quantised(predicted),
-            "kept": base64.b64encode(np.packbits(kept).tobytes()).decode(),
+            "kept": packed_bits(kept),
         }
-        for layer, head, target, predicted, kept in sample.rows
-    ]
-    return {"round": sample.round, "position": sample.position, "rows": rows}
+        rows.append(row | ({"marginal": packed_bits(marginal)} if marginal.any() else {}))
+    return {"round": sample.round, "position": sample.position, "everything": sample.everything, "rows": rows}
+
+
+def packed_bits(flags: np.ndarray) -> str:
+    return base64.b64encode(np.packbits(flags).tobytes()).decode()
 
 
 def quantised(probabilities: np.ndarray) -> str:

@@ -49,12 +49,14 @@ class TierSets:
 class AttentionSample:
     """One query's attention over the N tokens before and at it, in some heads.
 
-    rows: [(layer, query head, the target's row (N,), the draft's prediction of it (N,), kept (N,) bool)].
+    everything: whether the target saw all N; else its row is over what it held, and zero where that was evicted.
+    rows: [(layer, query head, the target's row (N,), the draft's prediction of it (N,), kept and marginal (N,) bool)].
     """
 
     round: int
     position: int
-    rows: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray]]
+    everything: bool
+    rows: list[tuple[int, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Trace:
         self._seconds: dict[str, float] = {}  # per phase, so far
         self._recalled = 0
         self._looked: np.ndarray | None = None  # (L, H_q, N), the target's row of the next round's first query
+        self._looked_after = 0  # `Sequence.evicted_at` then
 
     @torch.inference_mode()
     def __call__(self, round_: "Round", sequence: "Sequence") -> None:
@@ -142,27 +145,37 @@ class Trace:
 
     def _compare_attention(self, sequence: "Sequence", sets: TierSets) -> None:
         """Look at the next round's first query with the target before it runs; the draft's row is there after it."""
-        oracle = sequence.evidence.oracle
-        if oracle is None or not all(layer.residency == "offload" for layer in sequence.target.layers):
+        if sequence.evidence.oracle is None:
             return
-        if self._looked is not None and oracle.head_map is not None and sequence.reading is not None:
-            self.similarity = oracle.head_map.similarity.cpu().numpy()
+        if self._looked is not None and self._is_comparable(sequence):
             self.samples.append(self._sample(sequence, self._looked, sets))
         self._looked = None
         if is_power(len(self.rows), SAMPLED_EVERY):
             decoder = self.spec.decoder(Sampler())
             self._looked = None if decoder.reads_later(sequence) else true_row(decoder, sequence)
+            self._looked_after = sequence.evicted_at
+
+    def _is_comparable(self, sequence: "Sequence") -> bool:
+        """Whether the draft's rows were read for the round, and the sets are those of its verify pass.
+
+        A static policy's are already the next pass's, if tokens were evicted at the round's end.
+        """
+        oracle, same = sequence.reading, self._looked_after == sequence.evicted_at
+        return oracle is not None and oracle.head_map is not None and (self.spec.policy.every_round or same)
 
     def _sample(self, sequence: "Sequence", looked: np.ndarray, sets: TierSets) -> AttentionSample:
         oracle, length = sequence.evidence.oracle, looked.shape[2]
-        assert oracle is not None and self.similarity is not None
+        assert oracle is not None and oracle.head_map is not None
+        self.similarity = oracle.head_map.similarity.cpu().numpy()
+        everything = sees_everything(sequence) or not self.sets[-1].tail_start  # at first nothing is evicted
+        sample = AttentionSample(len(self.rows) - 1, length - 1, everything, [])
         group = looked.shape[1] // sets.kept.shape[1]
-        sample = AttentionSample(len(self.rows) - 1, oracle.block.first_position, [])
         for layer, head in spread_heads(self.similarity, NUM_SAMPLED_HEADS):
             predicted = oracle.predict(layer)[head, 0, :length].cpu().numpy()
-            held = np.ones(length, dtype=bool)
-            held[: sets.tail_start] = sets.kept[layer, head // group, :length]
-            sample.rows.append((layer, head, looked[layer, head], predicted, held))
+            kept, marginal = np.ones(length, dtype=bool), np.zeros(length, dtype=bool)
+            kept[: sets.tail_start] = sets.kept[layer, head // group, :length]
+            marginal[: sets.tail_start] = sets.marginal[layer, head // group, :length]
+            sample.rows.append((layer, head, looked[layer, head], predicted, kept, marginal))
         return sample
 
 
@@ -200,18 +213,36 @@ def as_sets(positions: list[Tensor], heads: int, length: int) -> np.ndarray:
 
 
 def true_row(decoder: "Decoder", sequence: "Sequence") -> np.ndarray:
-    """The target's attention (L, H_q, N) of the last token's query over all N tokens, evicted ones included.
+    """The target's attention (L, H_q, N) of the last token's query over the N tokens up to it.
 
-    One target pass that leaves the cache as it was; the host store must have every token.
+    Over all of them, evicted ones included, where the host store has them; else over those whose keys are held,
+    without the marginal values' part. One target pass that leaves the cache as it was.
     """
     config, length = decoder.target.config, sequence.target.seen + 1
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
     rows = AttentionRows(num_layers, num_heads, 1, length, decoder.device)
     rows.start(length - 1, 1)
-    call = AttentionCall(decoder.attention, rows=rows, everything=True)
+    call = AttentionCall(decoder.attention, rows=rows, everything=sees_everything(sequence))
     decoder.forward(decoder.target, sequence.target, sequence.tokens[-1:], call)
+    row = rows.values[:, 0].view(num_layers, num_heads, length)
+    if not call.everything:
+        row = by_position(row, sequence.target)
     sequence.target.rollback(1)
-    return rows.values[:, 0].view(num_layers, num_heads, length).cpu().numpy()
+    return row.cpu().numpy()
+
+
+def sees_everything(sequence: "Sequence") -> bool:
+    return all(layer.residency == "offload" for layer in sequence.target.layers)
+
+
+def by_position(row: Tensor, cache: TieredCache) -> Tensor:
+    """(L, H_q, N) by logical position, zero where no key is held, of one by the slots of the cache."""
+    found = torch.zeros_like(row)
+    for own, result, layer in zip(row, found, cache.layers, strict=True):
+        positions = layer.positions[0].to(row.device)  # (H_kv, n)
+        positions = positions.repeat_interleave(len(own) // len(positions), dim=0)
+        result.scatter_(1, positions, own[:, : positions.shape[1]])
+    return found
 
 
 def spread_heads(similarity: np.ndarray, count: int) -> list[tuple[int, int]]:

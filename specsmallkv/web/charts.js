@@ -81,8 +81,13 @@ function legend(list, items) {
 }
 const redraws = [];
 function drawn(draw) { redraws.push(draw); draw(); }
-let lastWidth = innerWidth;
-addEventListener("resize", () => { if (innerWidth !== lastWidth) { lastWidth = innerWidth; redraws.forEach((draw) => draw()); } });
+const pageWidth = () => document.documentElement.clientWidth;
+let lastWidth = pageWidth();
+addEventListener("resize", () => {
+  if (pageWidth() <= 100 || pageWidth() === lastWidth) return;  // nothing can be drawn in a window that is folded away
+  lastWidth = pageWidth();
+  redraws.forEach((draw) => draw());
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraws.forEach((draw) => draw()));
 
 // --- columns: one per x, stacked -------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ function columns(box, series, options) {
 
 // series: [{name, fill, dash, shape, points: [{x, y, low, high, about}], across: a single point is a level}]; options: title, x, y (names of the axes), logX, logY, share
 function lines(box, series, options) {
-  const width = box.clientWidth || 520, height = 300, left = 54, right = 10, top = 30, bottom = 44;
+  const width = box.clientWidth || 520, height = 280, left = 54, right = 10, top = 10, bottom = 44;
   const points = series.flatMap((s) => s.points), xs = points.map((p) => p.x), ys = points.flatMap((p) => [p.y, p.low ?? p.y, p.high ?? p.y]);
   const log = { x: options.logX && Math.min(...xs) > 0, y: options.logY && Math.min(...ys) > 0 };
   const spread = (list, logged, zero) => {
@@ -136,24 +141,24 @@ function lines(box, series, options) {
   const scale = ([low, high], logged, from, to) => (v) => from + (to - from) * (logged ? Math.log(v / low) / Math.log(high / low) : (v - low) / (high - low));
   const x = scale(rangeX, log.x, left, width - right), y = scale(rangeY, log.y, height - bottom, top);
   const svg = make("svg", { width, height, role: "img", "aria-label": options.title, "data-tips": "" });
-  svg.append(make("text", { class: "title", x: 0, y: 14 }, options.title));
   for (const v of log.y ? logTicks(...rangeY) : ticks(...rangeY, 5)) svg.append(make("line", { class: "axis", x1: left, x2: width - right, y1: y(v), y2: y(v) }), make("text", { x: left - 7, y: y(v) + 4, "text-anchor": "end" }, short(v)));
   const given = [...new Set(xs)].sort((a, b) => a - b);
   for (const v of given.length <= 7 ? given : log.x ? logTicks(...rangeX) : ticks(...rangeX, 6)) svg.append(make("line", { class: "axis", x1: x(v), x2: x(v), y1: height - bottom, y2: height - bottom + 4 }), make("text", { x: x(v), y: height - bottom + 18, "text-anchor": "middle" }, short(v)));
   svg.append(make("line", { class: "base", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
   svg.append(make("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, options.x));
   for (const s of series) {
-    const sorted = [...s.points].sort((a, b) => a.x - b.x);
-    svg.append(make("polyline", { points: s.across && sorted.length === 1 ? `${left},${y(sorted[0].y)} ${width - right},${y(sorted[0].y)}` : sorted.map((p) => `${x(p.x)},${y(p.y)}`).join(" "), fill: "none", stroke: s.fill, "stroke-width": 2, "stroke-dasharray": s.dash || null, "stroke-linejoin": "round" }));
+    const sorted = [...s.points].sort((a, b) => a.x - b.x), group = make("g", { "data-series": s.name });
+    svg.append(group);
+    group.append(make("polyline", { points: s.across && sorted.length === 1 ? `${left},${y(sorted[0].y)} ${width - right},${y(sorted[0].y)}` : sorted.map((p) => `${x(p.x)},${y(p.y)}`).join(" "), fill: "none", stroke: s.fill, "stroke-width": 2, "stroke-dasharray": s.dash || null, "stroke-linejoin": "round" }));
     for (const p of sorted) {
-      if (p.low !== undefined) svg.append(make("line", { x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), stroke: s.fill, "stroke-width": 1.2 }));
-      svg.append(marker(s.shape, x(p.x), y(p.y), s.fill));
+      if (p.low !== undefined) group.append(make("line", { x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), stroke: s.fill, "stroke-width": 1.2 }));
+      group.append(marker(s.shape, x(p.x), y(p.y), s.fill));
       const hit = make("circle", { cx: x(p.x), cy: y(p.y), r: 13, class: "hit" });
       tips(hit, () => p.about);
-      svg.append(hit);
+      group.append(hit);
     }
   }
-  box.replaceChildren(svg);
+  box.replaceChildren(make("h3", {}, options.title), svg);  // as text it breaks on a phone, in the picture it would be cut off
 }
 const SHAPES = ["circle", "square", "triangle", "diamond"];
 function marker(shape, x, y, fill) {

@@ -227,8 +227,12 @@ function rgb(name) {
 
 function attentionSection() {
   const { attention } = DATA;
-  if (!attention || !attention.samples.length) { $("attention-section").remove(); return; }
-  $("attention-note").textContent = `Before each verify pass the draft's attention rows, mixed by the head map, stand in for what the target will look at. Cosine of the two, the first ${attention.sinks} tokens left out: 1 is a perfect guess. Outlined heads were compared with the target's true attention in ${attention.samples.length} rounds.`;
+  if (!attention || !attention.samples.length) {
+    const none = record.rounds ? `Nothing to compare: ${record.policy} did not ask the draft for its attention in the rounds that are looked at (1, 4, 16, ...).` : "Nothing to compare: there was no round.";
+    $("attention-section").replaceChildren(make("h2", {}, "Draft attention against target attention"), make("p", { class: "note" }, none));
+    return;
+  }
+  $("attention-note").textContent = `Before each verify pass the draft's attention rows, mixed by the head map, stand in for what the target will look at. Cosine of the two, the first ${attention.sinks} tokens left out: 1 is a perfect guess. Outlined heads were compared with the target's true attention in ${attention.samples.length} ${attention.samples.length === 1 ? "round" : "rounds"}.` + (attention.samples.every((s) => s.everything) ? "" : " Evicted keys are gone in this run: after the first round the target's attention is known for the tokens that it still holds, and the cosine is over those.");
   const similarity = attention.similarity, flat = similarity.flat(), mean = sum(flat) / flat.length;
   const chosen = new Map(attention.samples[0].rows.map((row, i) => [`${row.layer},${row.head}`, i]));
   legend($("scale"), [0, 0.25, 0.5, 0.75, 1].map((v) => [String(v), shade(v)]));
@@ -236,7 +240,7 @@ function attentionSection() {
   drawn(() => similarityGrid(similarity, chosen));
   $("sample").append(...attention.samples.map((s, i) => make("option", { value: i }, `round ${s.round}: after “${visible(everyToken[s.position] || "")}”`)));
   $("pick").append(...attention.samples[0].rows.map((row, i) => make("option", { value: i }, `layer ${row.layer}, head ${row.head}`)));
-  legend($("profile-legend"), [["target's attention", "var(--blue)"], ["draft's prediction", "var(--orange)"], ["held on the device", "var(--text)"]]);
+  legend($("profile-legend"), [["target's attention", "var(--blue)"], ["draft's prediction", "var(--orange)"], ["held on the device", "var(--text)"], ...attention.samples.some((s) => s.rows.some((row) => row.marginal)) ? [["its value only", "var(--marginal)"]] : []]);
   for (const id of ["sample", "pick"]) $(id).addEventListener("change", profile);
   $("sample").value = attention.samples.length - 1;
   $("pick").value = attention.samples[0].rows.length >> 1;  // neither the best nor the worst
@@ -261,7 +265,7 @@ function similarityGrid(similarity, chosen) {
 }
 function profile() {
   const sample = DATA.attention.samples[+$("sample").value], row = sample.rows[+$("pick").value], box = $("profile");
-  const target = unpack(row.target), predicted = unpack(row.predicted), kept = unpack(row.kept), count = target.length;
+  const target = unpack(row.target), predicted = unpack(row.predicted), kept = unpack(row.kept), marginal = row.marginal ? unpack(row.marginal) : null, count = target.length;
   const width = box.clientWidth, left = 44, half = 112, band = 12, top = 22, height = top + 2 * half + band + 30, ratio = devicePixelRatio || 1;
   const canvas = make("canvas", { width: Math.round(width * ratio), height: Math.round(height * ratio), style: `width:${width}px;height:${height}px`, "data-tips": "" });
   const pen = canvas.getContext("2d"), inner = width - left - 2, px = inner / count, high = Math.max(...target, ...predicted, 1);
@@ -277,12 +281,12 @@ function profile() {
   const bins = Math.min(count, Math.floor(inner)), wide = inner / bins;
   for (let c = 0; c < bins; c += 1) {
     const from = Math.floor(c * count / bins), to = Math.max(from + 1, Math.floor((c + 1) * count / bins));
-    let a = 0, b = 0, k = 0;
-    for (let j = from; j < to; j += 1) { a = Math.max(a, target[j]); b = Math.max(b, predicted[j]); k += bit(kept, j); }
+    let a = 0, b = 0, k = 0, m = 0;
+    for (let j = from; j < to; j += 1) { a = Math.max(a, target[j]); b = Math.max(b, predicted[j]); k += bit(kept, j); m += marginal ? bit(marginal, j) : 0; }
     const x = left + c * wide, bar = Math.max(1, wide - (wide > 4 ? 1 : 0));
     pen.fillStyle = color("blue"); pen.fillRect(x, y(a, false), bar, half * a / high);
     pen.fillStyle = color("orange"); pen.fillRect(x, top + half + band, bar, half * b / high);
-    if (k) { pen.globalAlpha = 0.25 + 0.75 * k / (to - from); pen.fillStyle = color("text"); pen.fillRect(x, top + half + 3, bar, band - 6); pen.globalAlpha = 1; }
+    for (const [n, fill] of [[m, "marginal"], [k, "text"]]) if (n) { pen.globalAlpha = 0.25 + 0.75 * n / (to - from); pen.fillStyle = color(fill); pen.fillRect(x, top + half + 3, bar, band - 6); pen.globalAlpha = 1; }
   }
   pen.fillStyle = color("muted"); pen.textAlign = "center";
   for (const t of ticks(0, count - 1, width < 500 ? 3 : 8)) { const x = left + (t + 0.5) * px; if (x > left + 10 && x < width - 60) pen.fillText(whole(t), x, height - 14); }
@@ -295,10 +299,10 @@ function profile() {
     let at = middle;
     for (let j = Math.max(0, middle - near); j <= Math.min(count - 1, middle + near); j += 1) if (target[j] + predicted[j] > target[at] + predicted[at]) at = j;
     const around = [everyToken.slice(Math.max(0, at - 6), at).join(""), everyToken[at], everyToken.slice(at + 1, at + 7).join("")].map((s) => (s || "").replace(/\s+/g, " "));
-    return [`…${around[0]}⟦${around[1]}⟧${around[2]}…`, [["target", percent((target[at] / 255) ** 2, 2)], ["draft's prediction", percent((predicted[at] / 255) ** 2, 2)]], `position ${at} · ${bit(kept, at) ? "held" : "evicted"}`];
+    return [`…${around[0]}⟦${around[1]}⟧${around[2]}…`, [["target", sample.everything || bit(kept, at) ? percent((target[at] / 255) ** 2, 2) : "unknown"], ["draft's prediction", percent((predicted[at] / 255) ** 2, 2)]], `position ${at} · ${bit(kept, at) ? "held" : marginal && bit(marginal, at) ? "its value only" : "evicted"}`];
   });
   box.replaceChildren(canvas);
-  $("profile-readout").replaceChildren(make("b", {}, `Layer ${row.layer}, head ${row.head}`), `: cosine ${row.similarity.toFixed(2)} for this query. The device holds `, make("b", {}, percent(row.kept_share)), " of the tokens, and on them lies ", make("b", {}, percent(row.kept_mass, 1)), " of the head's true attention.");
+  $("profile-readout").replaceChildren(make("b", {}, `Layer ${row.layer}, head ${row.head}`), `: cosine ${row.similarity.toFixed(2)} for this query. The device holds `, make("b", {}, percent(row.kept_share)), " of the tokens, and on them lies ", make("b", {}, percent(sample.everything ? row.kept_mass : row.predicted_mass, 1)), sample.everything ? " of the head's true attention" : " of the attention that the draft predicts", marginal ? `; on those with their value only ${percent(row.predicted_marginal, 1)} by the draft.` : ".");
 }
 
 // --- bytes -----------------------------------------------------------------------------------------------------------

@@ -23,10 +23,17 @@ function picture(figure) {
   const title = DATA.tables.length > 1 ? `${figure.title} (${figure.task})` : figure.title;
   if (figure.kind === "lines") {
     const series = figure.series.map((s) => ({ ...s, ...look(s.name), points: s.points.map((p) => ({ ...p, about: about(figure, s.name, p) })) }));
-    list.replaceChildren(...series.map((s) => make("li", {}, sample(s), s.name)));
+    list.replaceChildren(...series.map((s) => picking(box, make("li", { tabindex: 0 }, sample(s), s.name), s.name)));
+    if (series.length > 8) list.classList.add("long");
     return [holder, () => lines(box, series, { title, x: "kv_budget: share of the full cache's bytes", logX: true, logY: figure.log, share: figure.share })];
   }
   return [holder, () => bars(box, figure, title)];
+}
+function picking(box, entry, name) {  // pointed at, tapped or in focus, it leaves its line alone in the picture
+  const pick = (only) => { for (const group of box.querySelectorAll("g")) group.classList.toggle("dim", only && group.dataset.series !== name); };
+  for (const kind of ["pointerenter", "focus"]) entry.addEventListener(kind, () => pick(true));
+  for (const kind of ["pointerleave", "blur"]) entry.addEventListener(kind, () => pick(false));
+  return entry;
 }
 function sample(s) {  // of a line and its marker
   const svg = make("svg", { width: 30, height: 12 });
