@@ -302,7 +302,7 @@ function profile() {
     return [`…${around[0]}⟦${around[1]}⟧${around[2]}…`, [["target", sample.everything || bit(kept, at) ? percent((target[at] / 255) ** 2, 2) : "unknown"], ["draft's prediction", percent((predicted[at] / 255) ** 2, 2)]], `position ${at} · ${bit(kept, at) ? "held" : marginal && bit(marginal, at) ? "its value only" : "evicted"}`];
   });
   box.replaceChildren(canvas);
-  $("profile-readout").replaceChildren(make("b", {}, `Layer ${row.layer}, head ${row.head}`), `: cosine ${row.similarity.toFixed(2)} for this query. The device holds `, make("b", {}, percent(row.kept_share)), " of the tokens, and on them lies ", make("b", {}, percent(sample.everything ? row.kept_mass : row.predicted_mass, 1)), sample.everything ? " of the head's true attention" : " of the attention that the draft predicts", marginal ? `; on those with their value only ${percent(row.predicted_marginal, 1)} by the draft.` : ".");
+  $("profile-readout").replaceChildren(make("b", {}, `Layer ${row.layer}, head ${row.head}`), `: cosine ${row.similarity.toFixed(2)} for this query. The device holds `, make("b", {}, percent(row.kept_share)), " of the tokens, and on them lies ", make("b", {}, percent(sample.everything ? row.kept_mass : row.predicted_mass, 1)), sample.everything ? " of the head's true attention." : " of the attention that the draft predicts.", marginal ? ` The draft predicts ${percent(row.predicted_marginal, 1)} on those of which the value alone is held.` : "");
 }
 
 // --- bytes -----------------------------------------------------------------------------------------------------------
