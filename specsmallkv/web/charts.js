@@ -178,9 +178,12 @@ function table(box, head, rows, numbers = new Set(), wide = new Set()) {
   box.replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name, i) => make("th", { class: kind(i), scope: "col" }, name)))), make("tbody", {}, ...body)));
 }
 async function inflate(text) {
-  const packed = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const stream = new Blob([unpack(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
-const unpack = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+function unpack(text) {
+  const packed = atob(text), found = new Uint8Array(packed.length);
+  for (let i = 0; i < packed.length; i += 1) found[i] = packed.charCodeAt(i);
+  return found;
+}
 const bit = (bytes_, at) => (bytes_[at >> 3] >> (7 - (at & 7))) & 1;
