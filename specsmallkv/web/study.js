@@ -55,7 +55,7 @@ function bars(box, figure, title) {
 $("title").textContent = DATA.directory;
 $("lead").textContent = DATA.tables.map((t) => `${t.task}: ${t.rows.length} ${t.rows.length === 1 ? "row" : "rows"}`).join("; ");
 const failed = Object.entries(DATA.failed);
-tiles($("tiles"), [[DATA.records, "records"], [DATA.rows, "rows"], failed.length ? [failed.length, "failed"] : null, DATA.interrupted.length ? [DATA.interrupted.length, "interrupted"] : null, [DATA.surroundings.length, DATA.surroundings.length === 1 ? "set of versions, commit and machine" : "sets of versions, commit and machine"]]);
+tiles($("tiles"), [[DATA.records, DATA.records === 1 ? "record" : "records"], [DATA.rows, DATA.rows === 1 ? "row" : "rows"], failed.length ? [failed.length, "failed"] : null, DATA.interrupted.length ? [DATA.interrupted.length, "interrupted"] : null, [DATA.surroundings.length, DATA.surroundings.length === 1 ? "set of versions, commit and machine" : "sets of versions, commit and machine"]]);
 if (failed.length) table($("failed"), ["record", "error"], failed, new Set(), new Set([1])); else $("failed-section").remove();
 const pictures = DATA.figures.map(picture);
 if (!pictures.length) $("figures-section").remove();
@@ -72,7 +72,7 @@ for (const t of DATA.tables) {
 const commits = new Set(DATA.surroundings.map((s) => s.git_hash)), machines = new Set(DATA.surroundings.map((s) => s.device_name));
 $("warning").textContent = [commits.size > 1 ? "The records are of several commits." : "", machines.size > 1 ? "They are of several machines: do not compare their speeds." : ""].join(" ");
 const packages = [...new Set(DATA.surroundings.flatMap((s) => Object.keys(s.versions || {})))];
-table($("surroundings"), ["records", "commit", "machine", ...packages], DATA.surroundings.map((s) => [s.records, (s.git_hash || "").replace(/^(.{12}).{28}/, "$1"), s.device_name, ...packages.map((p) => (s.versions || {})[p])]), new Set([0]));
+table($("surroundings"), ["records", "commit", "machine", ...packages], DATA.surroundings.map((s) => [s.records, (s.git_hash || "–").replace(/^(.{12}).{28}/, "$1"), s.device_name, ...packages.map((p) => (s.versions || {})[p])]), new Set([0]));
 const paths = Object.keys(DATA.differing), keys = paths.length ? Object.keys(DATA.differing[paths[0]]) : [];
 const value = (x) => x === null || x === undefined ? "–" : typeof x === "object" ? JSON.stringify(x) : String(x);
 if (keys.length) table($("differing"), ["record", ...keys], paths.map((path) => [path, ...keys.map((key) => value(DATA.differing[path][key]))]));
