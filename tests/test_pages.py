@@ -11,7 +11,7 @@ from conftest import run_task, tiny_model
 from test_trace import watched
 
 from specsmallkv.models import ModelPair
-from specsmallkv.page import run_page
+from specsmallkv.page import read, run_page
 from specsmallkv.tokenizer import byte_tokenizer
 from specsmallkv.trace import TierSets
 
@@ -102,6 +102,23 @@ def test_a_page_is_drawn_without_complaint_and_fits_its_window(browser, page, na
     assert overhang(opened, width) <= 0
     assert opened.complaints == []
     opened.close()
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2)."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_from_its_ground_in_light_and_dark():
+    """At least 4.5 to 1, as WCAG 2 asks of text."""
+    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in read("style.css").split("@media")[:2])
+    for palette in (light, dark):
+        for text in ("text", "muted"):
+            for ground in ("back", "panel"):
+                low, high = sorted((luminance(palette[text]), luminance(palette[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
 @needs_browser
