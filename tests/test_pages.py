@@ -174,7 +174,7 @@ def long_page(tmp_path_factory):
     random, path = np.random.default_rng(0), tmp_path_factory.mktemp("long") / "report.html"
     pair = ModelPair(target, draft, byte_tokenizer(), "random weights", "random weights")
     prompt = random.integers(1, 96, 4000).tolist()
-    generation, trace = watched(pair, prompt, max_new_tokens=128)
+    generation, trace = watched(pair, prompt, max_new_tokens=64)
     none = np.zeros((30, 3, 4000), dtype=bool)
     trace.sets = [TierSets(random.random(none.shape, np.float32) < 0.2, none, 4000, x.seen) for x in trace.sets]
     path.write_text(written(generation, trace))
