@@ -15,6 +15,7 @@ from torch import Tensor
 from .attention import AttentionCall, AttentionMass
 from .cache import TieredCache
 from .decode import Decoder
+from .draft_view import DraftView, is_viewed
 from .errors import UserError
 from .generator import SpecSmallKV
 from .metrics import Scores, attention_recall, jaccard_of_top
@@ -115,6 +116,7 @@ def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) ->
     for sequence in sequences:
         sequence.tokens = text[: block.position + 1]
     plan(base.decoder, trials, drafts)
+    base.note_attended()
     narrow(base, sequences, block.count)
     calls = [base.decoder.verify_call(sequence, block.count) for sequence in sequences]
     calls[0].num_queries = block.count
@@ -162,7 +164,8 @@ def matching_prefix(drafts: list[int], following: list[int]) -> int:
 class Base:
     """What all trials of a text share: the draft with its cache and rows, and the target's cache of the prompt.
 
-    logits: (V,) behind the prompt, which no policy has touched.
+    logits: (V,) behind the prompt, which no policy has touched. view, attended: what drafting steps read of a long
+    cache of the draft, and the rows that say so (`draft_view.py`).
     """
 
     spec: SpecSmallKV
@@ -170,6 +173,8 @@ class Base:
     sequence: Sequence
     policies: list[Policy]
     logits: Tensor
+    view: DraftView | None = None
+    attended: Tensor | None = None
 
     @property
     def context(self) -> int:
@@ -200,16 +205,40 @@ class Base:
         if oracle is not None:
             oracle.block.start(position, count + 1, known=False)
         call = AttentionCall(decoder.attention, rows=oracle.block if oracle else None)
-        tokens = text[position : position + 1]
         if gold:
-            decoder.forward(decoder.draft_model, cache, tokens + following, call)
+            decoder.forward(decoder.draft_model, cache, [text[position], *following], call)
             return following
-        for step in range(count + 1):
-            probabilities = decoder.forward(decoder.draft_model, cache, tokens[-1:], call)[-1].softmax(-1)
+        view = self._view(cache) if count else None
+        tokens = [text[position]]
+        for _ in range(count):
+            step = AttentionCall(decoder.attention, view=view) if view else call
+            probabilities = decoder.forward(decoder.draft_model, cache, tokens[-1:], step)[-1].softmax(-1)
             tokens.append(int(probabilities.argmax()))
-            if oracle is not None and step < count:
+            if oracle is not None:
                 oracle.block.expect(float(probabilities.max()))
-        return tokens[1 : count + 1]
+        if view:
+            view.close()
+        decoder.forward(decoder.draft_model, cache, tokens[cache.seen - position :], call, num_logits=0)
+        return tokens[1:]
+
+    def _view(self, cache: TieredCache) -> DraftView | None:
+        """Opened by what the draft attended last, as in decoding; None where decoding would have none."""
+        size, oracle = self._view_size, self.sequence.evidence.oracle
+        if oracle is None or len(cache.budgeted) < len(cache.layers) or not is_viewed(size, cache.seen):
+            return None
+        self.view = self.view or DraftView(cache, size, self.decoder.num_draft_tokens + 2)
+        self.view.open(oracle.attended() if self.attended is None else self.attended)
+        return self.view
+
+    @property
+    def _view_size(self) -> int:
+        return self.spec.controller.view_size if self.spec.controller else 0
+
+    def note_attended(self) -> None:
+        """The mean row (M, N) of a block, once trials have chosen by it."""
+        oracle = self.sequence.evidence.oracle
+        if oracle is not None and self._view_size:
+            self.attended = oracle.block.mean(True, oracle.block.num_rows)
 
     def rewind(self, position: int) -> None:
         """The draft forgets what it read from `position` on."""

@@ -185,3 +185,32 @@ def test_rows_of_a_trial_without_speculation_count_though_a_decoders_draft_would
     assert ours._count - (len(text) - 1 - 256) == theirs._count
     for a, b in zip(trial.sequence.target.layers, sequence.target.layers, strict=True):
         assert torch.equal(a.kept_positions, b.kept_positions)
+
+
+@torch.inference_mode()
+def test_drafts_through_a_view_leave_the_rows_and_the_cache_that_the_whole_cache_leaves(monkeypatch):
+    """As in decoding: a view may change what is drafted, not what the draft attends of it."""
+    monkeypatch.setattr("specsmallkv.draft_view.PAYS_FROM", 1)
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    spec.controller = Controller(view_size=12)
+    text = torch.randint(1, 320, (260,), generator=torch.Generator().manual_seed(0)).tolist()
+    base = prefill_once(spec, load_policy("specsmallkv", kv_budget=0.3), text, 240, [load_policy("specsmallkv")])
+    trial, full = open_trial(base, load_policy("specsmallkv", kv_budget=0.3)), open_trial(base, load_policy("full"))
+    seen, opened, read = [], [], base.decoder.forward
+    for position in (240, 241):
+        opened.clear()
+        monkeypatch.setattr(base.decoder, "forward", lambda *a, **k: opened.append(a[3].view) or read(*a, **k))
+        drafts = base.draft(text, position, gold=False)
+        monkeypatch.setattr(base.decoder, "forward", read)
+        assert len(drafts) == 3 and [view is not None for view in opened] == [True] * 3 + [False]
+        rows, chances = base.sequence.evidence.oracle.block.values.clone(), base.sequence.evidence.oracle.block.chances
+        keys = base.sequence.draft.layers[0].keys.clone()
+        seen.append(base.attended)
+        advance(base, [full, trial], text, Block(position, drafts, 1, True, False))
+        base.rewind(position)
+        again = base.draft([*text[: position + 1], *drafts, 0, 0], position, gold=True)
+        assert again == drafts and len(chances) == 4
+        torch.testing.assert_close(rows, base.sequence.evidence.oracle.block.values)
+        torch.testing.assert_close(keys, base.sequence.draft.layers[0].keys)
+        base.rewind(position + 1)
+    assert seen[0] is None and seen[1] is not None  # the prompt's window, then the last block, say what a view shows
