@@ -30,8 +30,8 @@ AVERAGED = (
 class Result:
     """figures: a row of the record. budget: by which rows are compared.
 
-    kl, agrees: per text, of every position. draft_agrees: per text, of every draft that was judged. new_entries: per
-    text, of every round. moved, full: per text, of every block, bytes recalled and what each of its tokens takes in full.
+    Per text: kl, agrees of every position; draft_agrees of every draft that was judged; new_entries of every round;
+    moved, full of every block: bytes recalled, and what its tokens would each read of the full cache.
     """
 
     figures: dict[str, Any]
