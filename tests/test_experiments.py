@@ -177,10 +177,14 @@ SHRUNK = {  # by task: random models read bytes, and know nothing
     "calibrate": ["task.context_tokens=192", "task.window_size=32"],
     "gsm8k": ["task.num_examples=1", "max_new_tokens=4"],
     "ruler": ["task.num_examples=1", "task.length=1536", "max_new_tokens=4"],
-    "throughput": ["task.context_tokens=96", "max_new_tokens=4", "task.repeats=2", "task.warmup_tokens=2"],
+    "throughput": ["task.context_tokens=96", "max_new_tokens=4", "task.repeats=1", "task.warmup_tokens=1"],
     "generate": ["max_new_tokens=4", "prompt=Once", "hydra.sweep.dir=outputs/sweep"],
 }
-FEWER = {"benchmark-budget": ["task.kv_budgets=[0.2,0.5]", "task=gsm8k"]}  # BBH's 27 tasks take minutes
+FEWER = {  # what takes minutes on random models too
+    "benchmark-budget": ["task.kv_budgets=[0.2,0.5]", "task=gsm8k"],  # BBH has 27 subtasks
+    "budget-sweep": ["policy.kv_budget=0.2"],  # four points in all, each met again and skipped
+    "speed-documents": ["task.num_prompts=2"],
+}
 
 
 def scripts_of(experiment: str) -> set[str]:
