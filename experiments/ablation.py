@@ -37,7 +37,7 @@ def main() -> None:
         axes.invert_yaxis()
     made.legend(*panels[-1].get_legend_handles_labels(), title="kv_budget", loc="outside right center")
     plotting.title(made, rows[0]["model"], f"n = {rows[0]['scored_tokens']} positions", "95% bootstrap intervals")
-    plotting.save(made, __file__)
+    plotting.save(made, __file__, RECORDS)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def main() -> None:
     plotting.draw(axes, Measure("draft_agreement", "Drafts that are the greedy token"), rows)
     made.legend(loc="outside right center")
     plotting.title(made, rows[0]["model"], f"n = {rows[0]['judged_drafts']} drafts", "95% bootstrap intervals")
-    plotting.save(made, __file__)
+    plotting.save(made, __file__, RECORDS)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,11 @@ def main() -> None:
         for panel in (score, agreement):
             panel.set_ylim(-0.03, 1.03)
     axes[0].legend()
-    plotting.title(made, next(iter(tasks.values()))[0]["model"], "95% intervals of the score")
-    plotting.save(made, __file__)
+    measured = [row for rows in tasks.values() for row in rows if row.get("same_prefix") is not None]
+    known = all("same_prefix_low" in row for row in measured)  # older records lack them
+    intervals = "95% intervals over examples" if known else "95% intervals of the score over examples"
+    plotting.title(made, next(iter(tasks.values()))[0]["model"], intervals)
+    plotting.save(made, __file__, RECORDS)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ PAIRS = {
     "qwen2-72b": ((80, 8, 128), (28, 4, 128), 28 * 28, 80 * 64, 7.616e9),
 }
 BLOCK = 4  # rows of a verify block
+BUDGETS = (0.05, 0.1, 0.2)  # at which break-even is printed
+NEVER = 1e9  # tokens
 PARTS = {
     "target_kv_bytes": "target KV",
     "draft_kv_bytes": "draft KV",
@@ -48,6 +50,14 @@ def measured(records: list[dict]) -> list[dict]:
     return [{"tokens": tokens, **system} for tokens, system in sorted(rows, key=lambda row: row[0])]
 
 
+def print_break_even(pairs: dict[str, tuple[float, float, float, float]]) -> None:
+    """README's table."""
+    print("| pair | tokens at kv_budget " + " / ".join(f"{budget:g}" for budget in BUDGETS) + " |\n|---|---|")
+    for pair, sizes in pairs.items():
+        tokens = [break_even(*sizes, budget) for budget in BUDGETS]
+        print(f"| `{pair}` | {' / '.join(f'{n:,.0f}' if n < NEVER else 'never' for n in tokens)} |")
+
+
 def main() -> None:
     records = list(plotting.records(RECORDS).records.values())
     points, budget, mib = measured(records), records[0]["kv_budget"], 2**20
@@ -61,22 +71,26 @@ def main() -> None:
         left.bar(x + 0.2, height, 0.38, bottom, color=color, label=label)
         bottom += height
     left.set_xticks(x, [f"{p['tokens']:,}" for p in points])
-    left.set(xlabel="prompt tokens", ylabel="MiB", title=f"{records[0]['model']}, measured")
-    left.legend(loc="upper left")
+    left.set(xlabel="prompt tokens", ylabel="MiB", title="measured")
+    left.set_ylim(top=1.3 * bottom.max())
+    left.legend(loc="upper left", ncols=2)
     last = points[-1]
     sizes = [last[key] / last["tokens"] for key in ("target_kv_bytes_full", "draft_kv_bytes", "scratch_bytes")]
     pairs = {records[0]["model"]: (*sizes, last["draft_weight_bytes"])} | {pair: per_token(pair) for pair in PAIRS}
+    print_break_even(pairs)
     budgets = np.linspace(0.02, 0.6, 200)
     for index, (pair, (target, draft, scratch, weights)) in enumerate(pairs.items()):
         style = plotting.look("", index) | {"marker": ""}
         tokens = break_even(target, draft, scratch, weights, budget)
         curve = [break_even(target, draft, scratch, weights, b) for b in budgets]
-        where = f"{tokens:,.0f} at {budget:g}" if tokens < 1e9 else "never"
+        where = f"{tokens:,.0f} at {budget:g}" if tokens < NEVER else "never"
         right.plot(budgets, curve, label=f"{pair}: {where}", **style)
-    right.set(xlabel="kv_budget", ylabel="tokens of context", yscale="log", ylim=(500, 1e6))
+    right.set(xlabel="kv_budget", ylabel="tokens of context", yscale="log", ylim=(100, 1e6))
     right.set_title("where one sequence breaks even, by formula", fontsize=9)
     right.legend(fontsize=7)
-    plotting.save(made, __file__)
+    counted = "bytes counted from tensors", "n = 1 prompt a length: nothing is sampled"
+    plotting.title(made, records[0]["model"], f"{records[0]['dtype']}, kv_budget {budget:g}", *counted)
+    plotting.save(made, __file__, RECORDS)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main() -> None:
     known = any(key.startswith("kl_mean_") for row in measured for key in row)  # older records have no intervals
     intervals = ["95% bootstrap intervals"] if known else []
     plotting.title(made, rows[0]["model"], f"n = {rows[0]['scored_tokens']} positions", *intervals)
-    plotting.save(made, __file__)
+    plotting.save(made, __file__, RECORDS)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python experiments/SCRIPT.py [DIR] [PICTURE.svg]
 
-DIR holds records at any depth, by default those of experiments/records/RECORDS, which the script names; the picture
-goes to experiments/pictures/SCRIPT.svg unless it is named. Needs matplotlib (in the `dev` and `plots` extras).
+DIR holds records at any depth, by default those of experiments/records/RECORDS, which the script names. Unless it is
+named, the picture of committed records goes to experiments/pictures, called after the script and, if they are not
+RECORDS, after them too; that of others goes into DIR. Needs matplotlib (in the `dev` and `plots` extras).
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ plt.rcParams |= {
     "svg.fonttype": "none",  # text stays text: small, and searchable
     "svg.hashsalt": "specsmallkv",  # the same records make the same file
     "font.size": 9,
+    "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -62,7 +64,8 @@ def look(name: str, index: int = 0) -> dict[str, Any]:
 def draw(axes: Axes, measure: Measure, rows: list[Row]) -> None:
     """The measure against budget, a line for each policy with its intervals; the full cache is a level."""
     drawn = figure(measure, [row for row in rows if row.get(measure.key) is not None])
-    for index, series in enumerate(ordered(drawn["series"])):
+    single = [{"name": bar["name"], "points": [bar]} for bar in drawn.get("bars", [])]  # of one budget
+    for index, series in enumerate(ordered(drawn.get("series", single))):
         points, name = series["points"], series["name"]
         y = [p["y"] for p in points]
         if name == "full":
@@ -85,11 +88,13 @@ def spread(points: list[Row], key: str, low: str = "", high: str = "") -> list[l
     return [[max(0.0, p[key] - p[low]) for p in points], [max(0.0, p[high] - p[key]) for p in points]]
 
 
-def budget_axis(axes: Axes, budgets: Iterable[float]) -> None:
+def budget_axis(axes: Axes, budgets: Set[float]) -> None:
     """Logarithmic, with the measured budgets as ticks."""
     axes.set_xscale("log")
     axes.set_xticks(sorted(budgets), [f"{100 * budget:g}%" for budget in sorted(budgets)])
     axes.minorticks_off()
+    if len(set(budgets)) == 1:
+        axes.set_xlim(min(budgets) / 2, 2 * min(budgets))
 
 
 def plain_ticks(axis: Axis) -> None:
@@ -105,9 +110,13 @@ def ordered(series: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(series, key=lambda s: names.index(s["name"]) if s["name"] in names else len(names))
 
 
+def directory(name: str) -> Path:
+    """The one on the command line, else that of the committed records of that name."""
+    return Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "records" / name
+
+
 def records(name: str) -> Collection:
-    """Those of the directory on the command line, else the committed ones of that name."""
-    return collect(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "records" / name)
+    return collect(directory(name))
 
 
 def rows(name: str) -> list[Row]:
@@ -126,9 +135,20 @@ def title(made: Figure, *parts: str) -> None:
     made.suptitle(", ".join(parts), fontsize=9)
 
 
-def save(made: Figure, script: str) -> None:
+def picture(script: str, name: str) -> Path:
+    """Where it goes; name: of the records that are the script's own."""
+    if len(sys.argv) > 2:
+        return Path(sys.argv[2])
+    source, stem = directory(name).resolve(), Path(script).stem
+    if source.parent != HERE / "records":
+        return source / f"{stem}.svg"
+    added = source.name.removeprefix(name) if source.name.startswith(name) else f"_{source.name}"
+    return HERE / "pictures" / f"{stem}{added}.svg"
+
+
+def save(made: Figure, script: str, name: str) -> None:
     """Write the script's picture and say where."""
-    path = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / "pictures" / f"{Path(script).stem}.svg"
+    path = picture(script, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path, metadata={"Date": None})
     plt.close(made)

@@ -8,6 +8,8 @@ Hydra's grammar gives a meaning to commas, quotes, brackets and `${...}`, so fre
     *_file= *_path= *_dir= model.target= model.draft=
                       a path, exactly; `null`, a value in quotes and, with -m, a list a,b are left to Hydra
 
+`+experiment=NAME` goes behind `+model=NAME`, wherever it was typed: what it says of the model holds for any.
+
 Only `???` alone cannot be typed: it is OmegaConf's mark of a missing value and knows no escape.
 A sweep over prompts is a `prompts_file`. No key is understood here; `explain.py` words the errors.
 """
@@ -42,6 +44,7 @@ def prepare_arguments(argv: list[str]) -> list[str]:
     """Free text quoted, mistyped flags refused, overrides before flags: argparse wants them in one piece."""
     overrides = [argument for argument in argv if OVERRIDE.match(argument) or argument.startswith("~")]
     flags = [argument for argument in argv if argument not in overrides]
+    overrides.sort(key=lambda override: override.startswith("+experiment="))  # Hydra lets the later of two groups win
     parser = get_args_parser()
     parser.exit_on_error = False
     try:

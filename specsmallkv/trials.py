@@ -48,6 +48,7 @@ class Trial:
 
     budget: of `task.kv_budgets`, by which trials are compared; the policy's own may differ (bytes matched in total).
     over_decoding: (tokens since the prompt, Jaccard, attention recall) of each block that was looked at.
+    recalled: of each block, the bytes moved for it, and the full cache's then for each of its tokens.
     """
 
     policy: Policy
@@ -59,6 +60,7 @@ class Trial:
     jaccard: list[float] = field(default_factory=list)
     over_decoding: list[tuple[int, float | None, float]] = field(default_factory=list)
     draft_agrees: list[bool] = field(default_factory=list)
+    recalled: list[tuple[int, int]] = field(default_factory=list)
     byte_share: list[float] = field(default_factory=list)
     total_share: list[float] = field(default_factory=list)
 
@@ -66,12 +68,17 @@ class Trial:
         """logits (n, V) and the full cache's log-probabilities `full` (n, V) of the scored positions."""
         self.scores.add(logits, full, following)
 
-    def weigh(self, draft: TieredCache | None) -> None:
-        """Note the target's bytes in use, and with the draft's if the policy reads it, over a full cache's."""
+    def weigh(self, draft: TieredCache | None, count: int) -> None:
+        """Note the target's bytes in use, and with the draft's if the policy reads it, over a full cache's.
+
+        count: scored positions of the block, for which bytes were recalled.
+        """
         target, extra = self.sequence.target, draft.held_nbytes if draft and self.policy.reads_draft else 0
         full = max(target.full_nbytes, 1)  # 0 if every layer has a sliding window
         self.byte_share.append(target.nbytes / full)
         self.total_share.append((target.nbytes + extra) / full)
+        moved = target.recall_bytes - sum(before for before, _ in self.recalled)
+        self.recalled.append((moved, count * full))
 
     def commit(self, block: Block, text: list[int]) -> None:
         """All that was read is the text's own."""
@@ -124,7 +131,7 @@ def advance(base: "Base", trials: list[Trial], text: list[int], block: Block) ->
     full = logits[0].log_softmax(-1)
     following = text[block.position + 1 : block.position + 1 + block.count]
     for trial, own in zip(trials, logits, strict=True):
-        trial.weigh(base.sequence.draft)
+        trial.weigh(base.sequence.draft, block.count)
         trial.score(own, full, following)
         trial.judge(block, own)
         trial.commit(block, text)

@@ -162,6 +162,8 @@ def test_a_policy_that_keeps_everything_agrees_with_the_full_cache_and_a_small_b
     kept, small, full = task.run(config(tmp_path, new_tokens=24))["results"]
     assert (kept["same_text"], kept["same_prefix"], kept["rouge_l_to_full"]) == (1, 1, 1)
     assert small["same_text"] < 1 and small["same_prefix"] < 1
+    low, high = small["same_prefix_interval"]
+    assert kept["same_prefix_interval"] == (1, 1) and low <= small["same_prefix"] <= high
     assert "same_text" not in full
 
 

@@ -72,6 +72,17 @@ def test_the_file_holds_the_best_measured_mixture_and_says_what_it_was_made_of(r
         assert 0 < row["mass_at_0.05"] <= row["mass_at_0.05_oracle"] < row["mass_at_0.1_oracle"] <= 1
 
 
+def test_means_lie_in_their_intervals_over_heads(record):
+    measured = [*record["results"], *record["controls"], *record["sparsity"]]
+    for row in measured:
+        keys = [key.removesuffix("_interval") for key in row if key.endswith("_interval")]
+        assert {"cosine", "mass_at_0.1", "mass_at_0.1_oracle"} <= set(keys) or keys == ["mass"]
+        assert all(row[f"{key}_interval"][0] < row[key] < row[f"{key}_interval"][1] for key in keys)
+    for row in measured[: -len(record["sparsity"])]:
+        per_layer = zip(row["cosine_per_layer"], row["cosine_interval_per_layer"], strict=True)
+        assert all(low <= mean <= high for mean, (low, high) in per_layer)
+
+
 def test_controls_know_less_than_the_best_single_head_and_mass_grows_with_the_share_of_tokens(record):
     (control,) = record["controls"]
     assert control["control"] == "random_heads" and control["cosine"] < record["results"][0]["cosine"]

@@ -105,6 +105,19 @@ def test_means_lie_in_their_intervals_and_of_the_full_caches_kl_there_is_nothing
     assert find(record, text="mean", rows="drafted", policy="full")["kl_mean_interval"] == (0, 0)
 
 
+def test_recall_is_told_per_round_and_per_token_with_intervals_and_of_who_recalls_alone(record):
+    for row in record["results"]:
+        keys = ("new_per_round_interval", "recalled_per_token", "recalled_per_token_interval")
+        assert [key in row for key in keys] == 3 * [row["recall_bytes"] > 0]
+        if row["recall_bytes"]:
+            for key in ("new_per_round", "recalled_per_token"):
+                assert row[f"{key}_interval"][0] < row[key] < row[f"{key}_interval"][1]
+            if row["text"] != "mean":  # the cache grows by some tokens over the blocks
+                whole = row["recall_bytes"] / row["scored_tokens"] / row["target_kv_bytes_full"]
+                assert row["recalled_per_token"] == pytest.approx(whole, rel=0.2)
+    assert any(row["recall_bytes"] for row in record["results"])
+
+
 def test_drafts_are_judged_by_each_policys_own_greedy_tokens_and_only_where_the_draft_proposed_them(record, files):
     assert all(("draft_agreement" in row) == (row["rows"] == "drafted") for row in record["results"])
     options = [f"task.text_file={files}/a.txt", "task.eval_tokens=40", 'model.draft="${model.target}"']

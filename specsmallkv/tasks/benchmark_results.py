@@ -81,9 +81,11 @@ def beside_full(figures: Figures, full: Figures) -> dict[str, Any]:
     """Agreement with the full cache's answers, for which nobody has to know the right ones; paired scores."""
     pairs = list(zip(figures, full, strict=True))
     texts = [(ours, theirs) for f, g in pairs for ours, theirs in zip(f["texts"], g["texts"], strict=True)]
+    prefixes = [common_prefix(f["tokens"], g["tokens"]) / len(g["tokens"]) for f, g in pairs]
     row: dict[str, Any] = {
         "same_text": mean([float(ours == theirs) for ours, theirs in texts]),
-        "same_prefix": mean([common_prefix(f["tokens"], g["tokens"]) / len(g["tokens"]) for f, g in pairs]),
+        "same_prefix": mean(prefixes),
+        "same_prefix_interval": bootstrap(prefixes) if prefixes else None,
         "rouge_l_to_full": mean([1.0 if ours == theirs else rouge_l(ours, theirs) for ours, theirs in texts]),
     }
     gains = [f["score"] - g["score"] for f, g in pairs if f["score"] is not None]

@@ -23,6 +23,7 @@ from ..decode import OBSERVED_CHUNK, PREFILL_CHUNK, Decoder, full_cache
 from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
+from ..intervals import bootstrap
 from ..matching import HeadMap, HeadMapFit
 from ..metrics import mass_caught
 from ..models import UNTRAINED, fingerprint
@@ -241,33 +242,45 @@ def sparsity(folds: list[Fold]) -> list[dict[str, Any]]:
     rows = [target.float() for fold in folds for _, target in fold.samples]
     found = []
     for share in RANKED:
-        mass = torch.stack([mass_caught(true, true, share).mean(-1) for true in rows]).mean(0)  # (L,)
-        found.append({"share": share, "mass": float(mass.mean()), "mass_per_layer": mass.tolist()})
+        mass = torch.stack([mass_caught(true, true, share) for true in rows]).mean(0)  # (L, H_q)
+        figures = {"share": share, "mass": float(mass.mean()), "mass_interval": over_heads(mass)}
+        found.append(figures | {"mass_per_layer": mass.mean(-1).tolist()})
     return found
 
 
 def quality(folds: list[Fold], solve: Callable[[HeadMapFit], HeadMap]) -> tuple[dict[str, Any], Tensor]:
     """How well the map that `solve` makes of all other folds predicts each; and the cosines (L, H_q).
 
-    Means over folds, heads and, for the caught mass, sampled rows; the oracle ranks by the true rows.
+    Means over folds, heads and, for the caught mass, sampled rows; the oracle ranks by the true rows. Intervals are
+    over the heads, on texts that stay the same.
     """
     cosines, caught = [], []
     for fold in folds:
         head_map = solve(total([other for other in folds if other is not fold]))
         cosines.append(fold.fit.similarity_of(head_map.weights))
         caught += [caught_by(head_map, draft, target) for draft, target in fold.samples]
-    similarity, mass = torch.stack(cosines).mean(0), torch.tensor(caught).mean(0).tolist()
+    similarity, mass = torch.stack(cosines).mean(0), torch.stack(caught).mean(0)
     figures = {
         "cosine": float(similarity.mean()),
+        "cosine_interval": over_heads(similarity),
         "cosine_per_layer": similarity.mean(-1).tolist(),
+        "cosine_interval_per_layer": [over_heads(heads) for heads in similarity],
     }
-    for share, (ours, oracle) in zip(SHARES, mass, strict=True):
-        figures |= {f"mass_at_{share}": ours, f"mass_at_{share}_oracle": oracle}
+    for share, ranks in zip(SHARES, mass, strict=True):
+        for key, heads in zip((f"mass_at_{share}", f"mass_at_{share}_oracle"), ranks, strict=True):
+            figures |= {key: float(heads.mean()), f"{key}_interval": over_heads(heads)}
     return figures, similarity
 
 
-def caught_by(head_map: HeadMap, draft: Tensor, target: Tensor) -> list[list[float]]:
-    """For each of SHARES, the mass caught by the map and by the oracle; draft (M, N), target (L, H_q, N)."""
+def over_heads(values: Tensor) -> list[float]:
+    """95% bootstrap interval of the mean over heads, any shape."""
+    return list(bootstrap(values.flatten().tolist()))
+
+
+def caught_by(head_map: HeadMap, draft: Tensor, target: Tensor) -> Tensor:
+    """(SHARES, 2, L, H_q): the mass caught by the map and by the oracle; draft (M, N), target (L, H_q, N)."""
     true = target.float().to(head_map.weights.device)
     predicted = head_map.weights @ draft.float().to(true.device)
-    return [[float(mass_caught(ranks, true, share).mean()) for ranks in (predicted, true)] for share in SHARES]
+    return torch.stack(
+        [torch.stack([mass_caught(ranks, true, share) for ranks in (predicted, true)]) for share in SHARES]
+    )

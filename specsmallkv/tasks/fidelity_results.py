@@ -30,7 +30,8 @@ AVERAGED = (
 class Result:
     """figures: a row of the record. budget: by which rows are compared.
 
-    kl, agrees: per text, of every position. draft_agrees: per text, of every draft that was judged.
+    Per text: kl, agrees of every position; draft_agrees of every draft that was judged; new_entries of every round;
+    moved, full of every block: bytes recalled, and what its tokens would each read of the full cache.
     """
 
     figures: dict[str, Any]
@@ -38,6 +39,9 @@ class Result:
     kl: list[list[float]]
     agrees: list[list[float]]
     draft_agrees: list[list[float]]
+    new_entries: list[list[float]]
+    moved: list[list[float]]
+    full: list[list[float]]
 
     def key(self, *names: str) -> tuple[Any, ...]:
         return (*(self.figures[name] for name in names), self.budget)
@@ -74,7 +78,9 @@ def summary(trial: Trial, text: str, rows: str) -> Result:
     if trial.budget != trial.policy.kv_budget:
         figures["matched_budget"] = trial.budget
     agrees, draft_agrees = ([float(same) for same in found] for found in (scores.agrees, trial.draft_agrees))
-    return with_intervals(Result(figures, trial.budget, [scores.kl], [agrees], [draft_agrees]))
+    moved, full = ([float(value) for value in column] for column in zip(*trial.recalled, strict=True))
+    samples = [scores.kl], [agrees], [draft_agrees], [list(counters.new_entries)], [moved], [full]
+    return with_intervals(Result(figures, trial.budget, *samples))
 
 
 def with_intervals(result: Result) -> Result:
@@ -85,6 +91,10 @@ def with_intervals(result: Result) -> Result:
         row["draft_agreement"] = mean(map(mean, result.draft_agrees))
         row["draft_agreement_interval"] = mean_interval(result.draft_agrees)
         row["judged_drafts"] = sum(map(len, result.draft_agrees))
+    if row["recall_bytes"]:
+        row["new_per_round_interval"] = mean_interval(result.new_entries)
+        row["recalled_per_token"] = mean(map(mean, result.moved)) / mean(map(mean, result.full))
+        row["recalled_per_token_interval"] = bootstrap_interval(result.moved, result.full)
     return result
 
 
@@ -107,7 +117,7 @@ def over_texts(results: list[Result]) -> Result:
     figures["attention_recall_per_layer"] = [mean(layer) for layer in per_layer]
     points = [point for row in rows for point in row["over_decoding"]]
     figures["over_decoding"] = sorted(points, key=lambda point: point[0])
-    names = ("kl", "agrees", "draft_agrees")
+    names = ("kl", "agrees", "draft_agrees", "new_entries", "moved", "full")
     per_text = {name: [values for result in results for values in getattr(result, name)] for name in names}
     return with_intervals(Result(figures, results[0].budget, **per_text))
 
