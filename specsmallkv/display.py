@@ -62,8 +62,8 @@ class Display:
         self.console.print(table)
 
     def calibration(self, results: list[dict[str, Any]]) -> None:
-        """One line per number of mixed heads."""
-        columns = [key for key in results[0] if key != "cosine_per_layer"]
+        """One line per number of mixed heads; intervals and single layers stand in the record."""
+        columns = [key for key, value in results[0].items() if not isinstance(value, list)]
         table = Table(title="head map, on texts left out", title_justify="left", box=None, padding=(0, 2, 0, 0))
         for key in columns:
             table.add_column(key, justify="right")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedConfig
 
 from .config import PACKAGE
@@ -66,7 +66,9 @@ def save_head_map(path: Path, head_map: HeadMap, facts: dict[str, Any]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(save(contiguous, metadata={"format": FORMAT, "facts": json.dumps(facts)}))
+    partial.replace(path)  # whole or not at all
 
 
 def load_head_map(source: str) -> SavedMap:

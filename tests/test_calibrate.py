@@ -1,6 +1,7 @@
 """task=calibrate and saved head maps: fitted on some texts, judged on others, refused for other models."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import run_task
 from safetensors.torch import save_file
 
 from specsmallkv import SpecSmallKV
+from specsmallkv.display import Display
 from specsmallkv.errors import UserError
 from specsmallkv.matching import HeadMap, HeadMapFit
 from specsmallkv.metrics import mass_caught
@@ -129,6 +131,18 @@ def test_nobody_catches_more_mass_than_the_true_ranks_and_all_tokens_catch_all()
     torch.testing.assert_close(mass_caught(other, true, 1.0), torch.ones(3, 8))
 
 
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_the_table_has_a_line_for_each_mixture_and_no_lists(record, capsys):
+    Display().calibration(record["results"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2 + len(record["results"]) and not any("[" in line for line in lines)
+
+
 def test_a_map_comes_back_from_a_small_file_as_it_went_in(tmp_path):
     weights = torch.zeros(28, 12, 336)
     index = torch.rand(28, 12, 336).topk(16).indices
@@ -137,6 +151,8 @@ def test_a_map_comes_back_from_a_small_file_as_it_went_in(tmp_path):
     save_head_map(tmp_path / "map.safetensors", head_map, {"target_fingerprint": "t"})
     saved = load_head_map(str(tmp_path / "map.safetensors"))
     assert (tmp_path / "map.safetensors").stat().st_size < 50_000
+    assert [path.name for path in tmp_path.iterdir()] == ["map.safetensors"]
+    assert (tmp_path / "map.safetensors").stat().st_mode & 0o077 == 0o066 & ~umask()  # others may read it as any file
     assert saved.facts == {"target_fingerprint": "t"}
     torch.testing.assert_close(saved.head_map.weights, head_map.weights, atol=1e-3, rtol=0)
     torch.testing.assert_close(saved.head_map.weights.sum(-1), torch.ones(28, 12))
