@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from .attention_form import Scaling
 from .backends import (
     BACKENDS,
+    MASS_BLOCK,
     WITH_SINKS,
     attention_probabilities,
     causal_mask,
@@ -28,7 +29,6 @@ from .cache import LayerGroup, TieredLayer
 from .draft_view import DraftView
 
 NAME = "specsmallkv"
-MASS_BLOCK = 2**20  # probabilities that exist at once while columns are summed
 
 
 class AttentionRows:

@@ -17,7 +17,7 @@ from .attention_form import refuse_windows, softcap_of
 from .errors import UserError
 
 FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis; beyond it the mask costs more
-MASS_BLOCK = 2**20  # probabilities that exist at once while columns are summed
+MASS_BLOCK = 2**20  # probabilities that exist at once; bounds scratch, not the result
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -165,8 +165,8 @@ def sinks_by_sum(fused: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
         query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None, num_sinks: int
     ) -> tuple[Tensor, Tensor]:
         output, log_sum = fused(query, keys, values, scaling, mask)
-        scores = attention_scores(query, keys[:, :, :num_sinks], scaling)
-        return output, (scores - log_sum.unsqueeze(-1)).exp().sum(dim=-1, keepdim=True)
+        scores = attention_scores(query.float(), keys[:, :, :num_sinks].float(), scaling)  # few: float32, as the sum's
+        return output, (scores - log_sum.unsqueeze(-1)).exp().sum(dim=-1, keepdim=True).clamp(max=1)
 
     return attend
 

@@ -81,6 +81,7 @@ class BatchDecoder:
     """Decodes up to `batch_size` sequences at once with the models, the policy and the settings of `decoder`."""
 
     def __init__(self, decoder: Decoder, batch_size: int):
+        decoder.shard.check_alone(f"A batch of {batch_size}")
         self.decoder, self.batch_size = decoder, batch_size
         self.counters = BatchCounters()
 

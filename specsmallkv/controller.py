@@ -174,6 +174,7 @@ class Controller:
 
     oracle_every: int = 1
     view_size: int = field(default=0, kw_only=True)
+    measures = False  # decides by times that only this process sees
 
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
         self.decide_reads(decoder, sequence)

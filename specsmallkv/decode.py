@@ -39,7 +39,7 @@ class Decoder:
     """Decodes with one target, optionally a draft, under one policy.
 
     num_draft_tokens: 0 turns speculation off; the draft is then the oracle alone, if the policy reads it.
-    draft: may be None when neither speculation nor the policy needs one. attention: a name in attention.BACKENDS.
+    draft: may be None when neither speculation nor the policy needs one. attention: a name in backends.BACKENDS.
     head_map: of this pair from other texts, for policies that read the draft. controller: decides, round by round, how
     many of the `num_draft_tokens` are drafted and whether the oracle reads; None: all, always.
     """
@@ -63,6 +63,7 @@ class Decoder:
         self.controller = controller
         check_selection(attention, policy.selection)
         check_prefill(policy, head_map)
+        self.shard.check(policy, controller)
         self.device, self.vocab_size = target.device, target.config.vocab_size
         self.windows = layer_windows(target.config)
         check_budget(policy, self.windows)
@@ -121,7 +122,6 @@ class Decoder:
         self.decide(sequence)
         with counters.timed("draft"):
             drafts, probabilities = self.draft(sequence, generator)
-            drafts = self.shard.first(drafts)
         with counters.timed("plan"):
             self.plan(sequence, drafts)
         with counters.timed("verify"):
@@ -263,7 +263,7 @@ class Decoder:
             rows.start(draft.seen, 1)
             logits = self.forward(self.draft_model, draft, [token], AttentionCall(self.attention, rows=rows))[-1]
             total += rows.buffer[:, 0, :seen]
-            token = int(logits.argmax())
+            (token,) = self.shard.first([int(logits.argmax())])
         draft.rollback(draft.seen - seen)
         return total
 
@@ -378,6 +378,7 @@ class Decoder:
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
         """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""
         token, distribution = propose(match_vocabulary(logits, self.vocab_size), self.sampler, generator)
+        (token,) = self.shard.first([token])
         if sequence.reading is not None:
             chances = logits.softmax(-1) if distribution is None else distribution
             sequence.reading.block.expect(float(chances[token]))

@@ -245,8 +245,9 @@ def memory_figures(sequence: Sequence | None) -> dict[str, Any]:
 class SpecSmallKV:
     """A target, a draft that both speculates and predicts the target's attention, and a policy that uses it.
 
-    num_draft_tokens: 0 turns speculation off. attention: auto, sdpa, reference or flash. controller: `controller.py`,
-    e.g. `Adaptive()`, which drafts `num_draft_tokens` at most. Raises UserError for what cannot work together.
+    num_draft_tokens: 0 turns speculation off. attention: auto, sdpa, reference, flash or triton. controller:
+    `controller.py`, e.g. `Adaptive()`, which drafts `num_draft_tokens` at most. Raises UserError for what cannot work
+    together.
     """
 
     def __init__(

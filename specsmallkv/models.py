@@ -238,7 +238,7 @@ def _load_weights(
     placement: dict[str, Any] = {"device_map": where} if where else {}
     if split:
         tensor_parallel.check_heads(config.num_key_value_heads, source)
-        placement = {"tp_plan": "auto"}
+        placement = tensor_parallel.plan()
     try:
         with _loading_messages(quiet):
             model, report = model_class(read_config(directory, source), source).from_pretrained(
@@ -339,7 +339,8 @@ def _weight_bytes(model: PreTrainedModel, besides: PreTrainedModel | None = None
 
 def _weights(model: PreTrainedModel) -> dict[int, int]:
     packed = {id(x.blocks): x.nbytes for x in model.modules() if isinstance(x, PackedLinear)}
-    return {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()} | packed
+    held = map(tensor_parallel.local, model.parameters())
+    return {p.data_ptr(): p.numel() * p.element_size() for p in held} | packed
 
 
 def _freeze(model: PreTrainedModel) -> PreTrainedModel:

@@ -103,14 +103,7 @@ def run_task(config: RunConfig) -> dict[str, Any]:
 
         task, config.policy = build(config.task, "task"), build(config.policy, "policy")
         refuse_unused_batch_size(task, config)
-        tensor_parallel.check_run(
-            config.model.device,
-            task.name,
-            config.batch_size,
-            config.speculation.name,
-            config.policy,
-            config.report or config.trace,
-        )
+        tensor_parallel.check_run(config, task.name, _point() is not None)
         reset_peak_memory()
         return task.run(config)
     except KeyboardInterrupt:
@@ -164,7 +157,7 @@ def one_voice() -> Iterator[list[str]]:
     Yields the overrides that see to it.
     """
     try:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0":
             yield []
             return
         with TemporaryDirectory() as nowhere, open(os.devnull, "w") as silent, redirect_stdout(silent):

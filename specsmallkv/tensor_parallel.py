@@ -9,14 +9,21 @@ alike in all processes; tokens are the first one's, and whether the draft is tru
 
 import os
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 from .errors import UserError
 from .matching import HeadMap
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .policies import Policy
 
 DEVICE = "tensor_parallel"  # the value of model.device
 
@@ -51,6 +58,17 @@ class Shard:
         dist.all_reduce(total)
         return float(total) / self.size
 
+    def check(self, policy: "Policy", controller: Any) -> None:
+        """UserError for a policy or controller that decides by what only one process sees."""
+        if policy.reads_target:
+            self.check_alone(f"policy={policy.name}")
+        if controller is not None and controller.measures:
+            self.check_alone("speculation=adaptive")
+
+    def check_alone(self, what: str) -> None:
+        if self.size > 1:
+            raise UserError(f"{what} does not work with model.device={DEVICE}; leave it out, or use one process.")
+
     def first(self, numbers: list[int]) -> list[int]:
         """The first process's numbers; all have as many."""
         if self.size == 1 or not numbers:
@@ -70,9 +88,25 @@ def mark(model: Any) -> None:
     model.specsmallkv_shard = Shard(dist.get_rank(), dist.get_world_size())
 
 
+def plan() -> dict[str, Any]:
+    """Arguments of `from_pretrained`. Raises UserError if this transformers splits models in another way."""
+    try:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except TypeError:
+        raise UserError(
+            f"model.device={DEVICE} needs transformers 5.18 or newer, not {transformers.__version__}; upgrade it, or "
+            "use model.device=auto."
+        ) from None
+
+
 def whole(weight: Tensor) -> Tensor:
     """A weight that may be split, as one tensor; all processes have to ask."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process holds of a weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def check_heads(num_kv_heads: int, source: str) -> None:
@@ -89,28 +123,32 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def local_device() -> torch.device:
-    """The one of this process. Raises UserError if there is no other process."""
+    """The one of this process. Raises UserError if there is no other process, or no GPU for this one."""
     if num_processes() < 2:
         raise UserError(
             f"model.device={DEVICE} splits the target over processes, and there is one; start "
             "`torchrun --nproc-per-node 2 -m specsmallkv.run ...`, or use model.device=auto."
         )
+    count = torch.cuda.device_count()
+    if count and _local_rank() >= count:
+        raise UserError(
+            f"torchrun started more processes on this machine than its {count} GPUs; start one for each GPU at most."
+        )
     return _device()
 
 
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    return torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def check_run(device: str, task: str, batch_size: int, speculation: str, policy: Any, watched: bool) -> None:
+def check_run(config: "RunConfig", task: str, is_sweep: bool) -> None:
     """UserError for what several processes cannot do together, or several started by mistake."""
+    device = config.model.device
     if device != DEVICE:
         if num_processes() > 1:
             raise UserError(
@@ -120,10 +158,8 @@ def check_run(device: str, task: str, batch_size: int, speculation: str, policy:
         return
     for refused, what, remedy in (
         (task != "generate", f"task={task}", "task=generate"),
-        (batch_size > 1, f"batch_size={batch_size}", "batch_size=1"),
-        (speculation == "adaptive", "speculation=adaptive", "speculation=draft"),
-        (policy.reads_target, f"policy={policy.name}", "another policy"),
-        (watched, "report=true or trace=true", "a run in one process"),
+        (is_sweep, "A sweep (-m)", "a run for each point"),
+        (config.report or config.trace, "report=true or trace=true", "a run in one process"),
     ):
         if refused:
             raise UserError(f"{what} does not work with model.device={DEVICE}; use {remedy}.")

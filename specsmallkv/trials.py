@@ -300,4 +300,5 @@ def run_trials(
         progress(count)
         position, number = position + count, number + 1
     base.rewind(base.context)
+    base.attended = None
     return trials

@@ -22,7 +22,7 @@ from .backends import fold
 
 BLOCK = 64  # keys at a time
 LEAST_PART = 256  # keys of a program, at least
-MOST_ROWS = 128  # query rows of a program; more would not fit into registers
+LARGEST_TILE = 2**14  # numbers of a program's query tile, which needs registers beside keys and sums
 PARTS_PER_PROCESSOR = 2  # programs for each of a GPU's multiprocessors
 
 
@@ -34,6 +34,28 @@ class Marginal(NamedTuple):
 
 
 @triton.jit
+def _marginal_sum(
+    weights, values, first, end, num_rows, num_marginal, dim, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr
+):
+    """Sum (ROWS, DIM) of a head's values [first, end), each by its weight (num_rows, num_marginal)."""
+    row, column, lane = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, KEYS)
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    for start in range(first, end, KEYS):
+        slot = start + lane
+        inside = slot < end
+        at = row[:, None] * num_marginal + slot[None, :]
+        w = tl.load(weights + at, mask=(row < num_rows)[:, None] & inside[None, :], other=0.0)
+        tile = inside[:, None] & (column < dim)[None, :]
+        v = tl.load(values + slot[:, None] * dim + column[None, :], mask=tile, other=0.0)
+        total += tl.dot(w.to(v.dtype), v, input_precision="ieee")
+    return total
+
+
+# Lengths differ from round to round: without this each that is a multiple of 16 would be compiled anew.
+VARYING = ["num_rows", "num_queries", "length", "num_marginal", "part_length", "part_marginal"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def _part(
     query,
     keys,
@@ -109,20 +131,14 @@ def _part(
     output = output / tl.maximum(total, 1e-37)[:, None]
     tl.store(partial + place[:, None] * dim + column[None, :], output, mask=tile)
     if HAS_MARGINAL:
-        sum_ = tl.zeros((ROWS, DIM), tl.float32)
-        end = tl.minimum((part + 1) * part_marginal, num_marginal)
-        for start in range(part * part_marginal, end, KEYS):
-            slot = start + lane
-            inside = slot < end
-            at = (pair * num_rows + row[:, None]) * num_marginal + slot[None, :]
-            w = tl.load(weights + at, mask=is_row[:, None] & inside[None, :], other=0.0)
-            at = (pair * num_marginal + slot[:, None]) * dim + column[None, :]
-            v = tl.load(marginal_values + at, mask=inside[:, None] & is_column[None, :], other=0.0)
-            sum_ += tl.dot(w.to(v.dtype), v, input_precision="ieee")
+        first = part * part_marginal
+        end = tl.minimum(first + part_marginal, num_marginal)
+        own = weights + pair * num_rows * num_marginal, marginal_values + pair * num_marginal * dim
+        sum_ = _marginal_sum(own[0], own[1], first, end, num_rows, num_marginal, dim, ROWS, KEYS, DIM)
         tl.store(extra + place[:, None] * dim + column[None, :], sum_, mask=tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _merge(
     partial,
     extra,
@@ -192,7 +208,7 @@ def split_attention(
     num_parts: programs that share a head's keys; None: as many as the device wants.
     """
     count, length = query.shape[2], keys.shape[2] if index is None else index.shape[2]
-    step = max(1, MOST_ROWS * keys.shape[1] // query.shape[1])
+    step = max(1, LARGEST_TILE // power_of_2(keys.shape[3]) * keys.shape[1] // query.shape[1])
     parts = []
     for first in range(0, count, step):
         last = min(first + step, count)
@@ -224,41 +240,47 @@ def _launch(
     num_parts: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Both kernels over as many queries as one program holds rows of."""
-    batch, heads, length, dim = keys.shape
-    length = length if index is None else index.shape[2]
+    batch, heads, _, dim = keys.shape
     pairs, rows, num_queries = batch * heads, query.shape[1] // heads * query.shape[2], query.shape[2]
     assert keys.stride(3) == values.stride(3) == 1, "an entry's numbers lie side by side"
+    length, softcap = keys.shape[2] if index is None else index.shape[2], softcap_of(scaling)
     num_parts = num_parts or num_parts_of(length, pairs, keys.device)
     count = 0 if marginal is None else marginal.values.shape[2]
     partial, extra = query.new_empty(2, num_parts, pairs, rows, dim, dtype=torch.float32)
-    log_sums, softcap = partial.new_empty(num_parts, pairs, rows), softcap_of(scaling)
-    nothing, mask = query.new_empty(0), None if mask is None else mask.expand(batch, heads, num_queries, length)
-    weights = nothing if marginal is None else fold(marginal.weights, heads).float().contiguous()
+    log_sums = partial.new_empty(num_parts, pairs, rows)
+    output, log_sum = query.new_empty(query.shape), log_sums.new_empty(query.shape[:3])
+    reads, weights = _tables(query, mask, index, marginal, (batch, heads, num_queries, length))
+    sizes = (rows, num_queries, length, count, triton.cdiv(length, num_parts), triton.cdiv(count, num_parts))
+    strides = (*keys.stride()[:3], *values.stride()[:3])
+    given = {"HAS_INDEX": index is not None, "HAS_MASK": mask is not None, "HAS_CAP": softcap is not None}
     tile: dict[str, Any] = {"HAS_MARGINAL": count > 0, "ROWS": power_of_2(rows), "DIM": power_of_2(dim)}
-    _part[(pairs, num_parts)](
-        fold(query, heads).contiguous(),
-        keys,
-        values,
-        nothing if index is None else index.contiguous(),
-        nothing if mask is None else mask.contiguous().view(torch.uint8),
-        nothing if marginal is None else marginal.values.contiguous(),
-        weights,
-        *(partial, extra, log_sums),
-        *(rows, num_queries, length, count, triton.cdiv(length, num_parts), triton.cdiv(count, num_parts)),
-        *(heads, dim, float(scaling), softcap or 1.0, *keys.stride()[:3], *values.stride()[:3]),
-        HAS_INDEX=index is not None,
-        HAS_MASK=mask is not None,
-        HAS_CAP=softcap is not None,
-        KEYS=BLOCK,
-        **tile,
-    )
-    output, log_sum = (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        log_sums.new_empty(query.shape[:3]),
-    )
-    rest = nothing if marginal is None else 1 - weights.sum(dim=-1)
-    _merge[(pairs,)](partial, extra, log_sums, rest, output, log_sum, rows, num_parts, dim, **tile)
+    with torch.cuda.device_of(keys):  # a kernel starts on the current device, whatever its tensors lie on
+        _part[(pairs, num_parts)](
+            *(fold(query, heads).contiguous(), keys, values, *reads, weights, partial, extra, log_sums),
+            *(*sizes, heads, dim, float(scaling), softcap or 1.0, *strides),
+            **given,
+            **tile,
+            KEYS=BLOCK,
+        )
+        rest = 1 - weights.sum(dim=-1)
+        _merge[(pairs,)](partial, extra, log_sums, rest, output, log_sum, rows, num_parts, dim, **tile)
     return output, log_sum
+
+
+def _tables(
+    query: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    marginal: Marginal | None,
+    shape: tuple[int, int, int, int],
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Index, mask and marginal values as the kernel reads them, and the weights; what there is none of is empty."""
+    nothing = query.new_empty(0)
+    return (
+        nothing if index is None else index.contiguous(),
+        nothing if mask is None else mask.expand(shape).contiguous().view(torch.uint8),
+        nothing if marginal is None else marginal.values.contiguous(),
+    ), (nothing if marginal is None else fold(marginal.weights, shape[1]).float().contiguous())
 
 
 def power_of_2(size: int) -> int:

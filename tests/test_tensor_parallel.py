@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model
+from transformers.distributed import DistributedConfig
 
 from specsmallkv import UserError, tensor_parallel
+from specsmallkv.controller import Adaptive, Controller
 from specsmallkv.matching import HeadMap
 from specsmallkv.presets import load_policy
 from specsmallkv.tensor_parallel import Shard, check_heads, check_run
@@ -46,9 +49,17 @@ def split(pair, where, *overrides):
     return run([*torchrun, *arguments(pair, "model.device=tensor_parallel", *overrides)], where)
 
 
-@pytest.mark.parametrize("policy", ["specsmallkv", pytest.param("smallkv", marks=pytest.mark.slow)])
-def test_two_processes_write_what_one_does_and_hold_half_of_the_cache_each(pair, tmp_path, policy):
-    chosen = [f"policy={policy}", "policy.kv_budget=0.4"]
+# Sampled text may part where rounding moves a probability over the drawn number; this seed's does not.
+SAMPLED = ["temperature=0.8", "seed=5"]
+
+
+GREEDY = [pytest.param(name, [], marks=pytest.mark.slow) for name in ("smallkv", "specsmallkv")]
+
+
+@pytest.mark.skipif(not hasattr(DistributedConfig, "tp_plan"), reason="transformers before 5.18")
+@pytest.mark.parametrize("policy, options", [("specsmallkv", SAMPLED), *GREEDY])
+def test_two_processes_write_what_one_does_and_hold_half_of_the_cache_each(pair, tmp_path, policy, options):
+    chosen = [f"policy={policy}", "policy.kv_budget=0.4", *options]
     together = split(pair, tmp_path, *chosen, "run_dir=split")
     assert together.returncode == 0, together.stderr
     alone = run([sys.executable, *arguments(pair, *chosen, "run_dir=alone", "model.device=cpu")], tmp_path)
@@ -79,20 +90,46 @@ def test_one_process_is_refused_and_so_are_heads_that_cannot_be_shared(monkeypat
     check_heads(6, "a model")
 
 
+def config(device, *, report=False, trace=False):
+    return SimpleNamespace(model=SimpleNamespace(device=device), report=report, trace=trace)
+
+
 @pytest.mark.parametrize(
-    "device, task, batch_size, speculation, policy, problem",
+    "asked, task, is_sweep, problem",
     [
-        ("cpu", "generate", 1, "draft", "full", "2 processes that would all do the same with model.device=cpu"),
-        ("tensor_parallel", "fidelity", 1, "draft", "full", "task=fidelity does not work"),
-        ("tensor_parallel", "generate", 4, "draft", "full", "batch_size=4 does not work"),
-        ("tensor_parallel", "generate", 1, "adaptive", "full", "speculation=adaptive does not work"),
-        ("tensor_parallel", "generate", 1, "draft", "oracle", "policy=oracle does not work"),
+        (config("cpu"), "generate", False, "2 processes that would all do the same with model.device=cpu"),
+        (config("tensor_parallel"), "fidelity", False, "task=fidelity does not work"),
+        (config("tensor_parallel"), "generate", True, "A sweep"),
+        (config("tensor_parallel", report=True), "generate", False, "report=true or trace=true does not work"),
+        (config("tensor_parallel", trace=True), "generate", False, "report=true or trace=true does not work"),
     ],
 )
-def test_what_processes_cannot_do_together_is_refused(
-    device, task, batch_size, speculation, policy, problem, monkeypatch
-):
+def test_runs_that_processes_cannot_share_are_refused(asked, task, is_sweep, problem, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=problem):
-        check_run(device, task, batch_size, speculation, load_policy(policy), watched=False)
-    check_run("tensor_parallel", "generate", 1, "draft", load_policy("smallkv"), watched=False)
+        check_run(asked, task, is_sweep)
+    check_run(config("tensor_parallel"), "generate", False)
+
+
+@pytest.mark.parametrize(
+    "policy, controller, problem",
+    [
+        ("oracle", None, "policy=oracle does not work"),
+        ("full", Adaptive(), "speculation=adaptive does not work"),
+    ],
+)
+def test_what_only_one_process_would_see_decides_nothing_in_several(policy, controller, problem):
+    with pytest.raises(UserError, match=problem):
+        Shard(0, 2).check(load_policy(policy), controller)
+    Shard(0, 1).check(load_policy(policy), controller)
+    Shard(0, 2).check(load_policy("smallkv"), Controller(oracle_every=2))
+    with pytest.raises(UserError, match="A batch of 4 does not work"):
+        Shard(0, 2).check_alone("A batch of 4")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="more processes on this machine than its 1 GPUs"):
+        tensor_parallel.local_device()

@@ -110,6 +110,31 @@ def test_the_sinks_share_follows_from_the_log_sums():
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_sinks_share_is_no_less_exact_in_half_precision():
+    """Where nearly all attention is on the sinks, what is left decides the tail term; scores may be large."""
+    query, keys, values = qkv(3, 40, dtype=torch.float16)
+    keys[:, :, :4] = 4 * query[:, ::3, :1]
+    scaling = 8 * SCALE
+    exact = attention_with_sinks(*(x.float() for x in (query, keys, values)), scaling, None, 4)[1]
+    beside, expected = 1 - WITH_SINKS["triton"](query, keys, values, scaling, None, 4)[1], 1 - exact
+    assert expected.min() < 1e-3 and (beside >= 0).all()
+    torch.testing.assert_close(beside, expected, atol=1e-5, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_kernels_of_a_gpu_tell_output_and_sinks_share_at_real_sizes(backend, dim):
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    shapes = (1, 12, 4, dim), (1, 2, 900, dim), (1, 2, 900, dim)
+    query, keys, values = (numbers(shape, seed, torch.bfloat16) for seed, shape in enumerate(shapes))
+    ours = WITH_SINKS[backend](query, keys, values, dim**-0.5, None, 4)
+    expected = attention_with_sinks(*(x.float() for x in (query, keys, values)), dim**-0.5, None, 4)
+    for own, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(own.float(), exact, atol=2e-2, rtol=2e-2)
+
+
 # Triton's interpreter has no products in bfloat16.
 ON_GPUS = pytest.param(torch.bfloat16, 2e-2, marks=pytest.mark.gpu)
 
