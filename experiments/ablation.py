@@ -1,4 +1,4 @@
-"""Each compensation alone and both, each part of specsmallkv left out: `+experiment=ablation`."""
+"""Each compensation alone and both, each part of specsmallkv left out: `+experiment=ablation`, `+experiment=parts`."""
 
 import plotting
 
@@ -15,12 +15,17 @@ LABELS = {  # by the settings that an entry changes
     "tail_factor=0": "without tail term",
     "weigh_rows=false": "rows not weighed",
     "matching=one_hot": "most similar head",
+    "map_rows=0": "map of the prompt alone",
+    "map_rows=.inf": "saved map alone",
+    "group_reduction=mean": "mean over the group",
+    "tail_factor=0.8": "tail factor 0.8",
+    "tail_pool=4": "tail pool 4",
 }
 
 
 def main() -> None:
     rows = plotting.rows(RECORDS)
-    families = dict.fromkeys(row["policy"].partition(":")[0] for row in rows)
+    families = dict.fromkeys(row["policy"].partition(":")[0] for row in rows if ":" in row["policy"])
     made, panels = plotting.canvas(len(families), width=4.2, height=2.8)
     for axes, family in zip(panels, families, strict=True):
         own = [row for row in rows if row["policy"].partition(":")[0] == family]

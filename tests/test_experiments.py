@@ -178,12 +178,14 @@ SHRUNK = {  # by task: random models read bytes, and know nothing
     "gsm8k": ["task.num_examples=1", "max_new_tokens=4"],
     "ruler": ["task.num_examples=1", "task.length=1536", "max_new_tokens=4"],
     "throughput": ["task.context_tokens=96", "max_new_tokens=4", "task.repeats=1", "task.warmup_tokens=1"],
+    "retrieval": ["task.num_items=12", "task.num_examples=1", "max_new_tokens=4"],
     "generate": ["max_new_tokens=4", "prompt=Once", "hydra.sweep.dir=outputs/sweep"],
 }
 FEWER = {  # what takes minutes on random models too
     "benchmark-budget": ["task.kv_budgets=[0.2,0.5]", "task=gsm8k"],  # BBH has 27 subtasks
     "budget-sweep": ["policy.kv_budget=0.2"],  # four points in all, each met again and skipped
     "speed-documents": ["task.num_prompts=2"],
+    "parts": ["model.head_map=null"],  # random models have none
 }
 
 

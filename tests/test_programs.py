@@ -60,6 +60,7 @@ def test_mbpp_asks_after_three_worked_examples_and_knows_its_test_split(tmp_path
         ("mbpp", {"task_id": 11, "test_list": ["a"]}, r"has no prompt \(or text\)"),
         ("mbpp", {"task_id": 11, "prompt": "a", "test_list": [1]}, "test_list of texts"),
         ("mbpp", {"prompt": "a"}, "no field task_id of type int"),
+        ("mbpp", {"task_id": 11, "prompt": "a", "test_list": ["a"], "test_imports": [1]}, r"test_imports is \[1\]"),
     ],
 )
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path, name, row, problem):
@@ -120,7 +121,7 @@ def test_what_a_program_has_started_ends_with_its_time(tmp_path):
         "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])\n"
     )
     source += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\nchild.wait()"
-    assert not passes(source, 4) and time.monotonic() - started < 20
+    assert not passes(source, 10) and time.monotonic() - started < 40
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):  # the kernel takes a moment; a zombie of somebody else's counts as ended
         try:

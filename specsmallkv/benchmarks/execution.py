@@ -48,6 +48,6 @@ def passes(program: str, seconds: float) -> bool:
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """The child and what it has started."""
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # the latter on macOS, if all have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

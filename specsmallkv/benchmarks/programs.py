@@ -107,13 +107,22 @@ def description(row: Any, where: str, context: str, seconds: float | None) -> Pr
     return Program(
         context=context,
         question=asked(row, where),
-        before="\n".join([*(row.get("test_imports") or ()), row.get("test_setup_code") or "", ""]),
+        before="\n".join([*texts_of(row, where, "test_imports"), *texts_of(row, where, "test_setup_code"), ""]),
         expected="\n".join(tests),
         stop=MBPP_STOP,
         chat=False,
         task_id=task,
         seconds=seconds,
     )
+
+
+def texts_of(row: Any, where: str, key: str) -> list[str]:
+    """A row's text or list of texts; [] where it has none. Raises UserError for anything else."""
+    value = row.get(key) or []
+    texts = [value] if isinstance(value, str) else value
+    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        raise UserError(f"{where}: {key} is {value!r}; it has to be a text or a list of texts.")
+    return texts
 
 
 def asked(row: Any, where: str) -> str:
