@@ -103,7 +103,7 @@ def run_task(config: RunConfig) -> dict[str, Any]:
 
         task, config.policy = build(config.task, "task"), build(config.policy, "policy")
         refuse_unused_batch_size(task, config)
-        tensor_parallel.check_run(config, task.name, _point() is not None)
+        tensor_parallel.check_run(config, getattr(task, "name", ""), _point() is not None)
         reset_peak_memory()
         return task.run(config)
     except KeyboardInterrupt:
