@@ -21,6 +21,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from specsmallkv.errors import UserError
 from specsmallkv.figures import Measure, figure, means_alone
 from specsmallkv.records import Collection, Row, collect
 
@@ -116,7 +117,10 @@ def directory(name: str) -> Path:
 
 
 def records(name: str) -> Collection:
-    return collect(directory(name))
+    try:
+        return collect(directory(name))
+    except UserError as error:
+        sys.exit(f"{error} {name} may not have been measured yet; experiments/README.md has its command.")
 
 
 def rows(name: str) -> list[Row]:

@@ -7,6 +7,7 @@ This file knows tensors only: neither caches nor who asks (`attention.py`).
 import os
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -207,13 +208,7 @@ def check_selection(backend: str, selection: str) -> None:
 def _require_flash(device: torch.device) -> None:
     if device.type != "cuda":
         raise UserError(f"model.attention=flash needs a CUDA device, not {device.type}; use model.attention=sdpa.")
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "model.attention=flash needs the package flash-attn; pip install 'specsmallkv[flash]' or use "
-            "model.attention=sdpa."
-        ) from error
+    _require_package("flash", "flash_attn")
 
 
 def _require_triton(device: torch.device) -> None:
@@ -222,12 +217,16 @@ def _require_triton(device: torch.device) -> None:
             f"model.attention=triton needs a CUDA device, not {device.type}; use model.attention=sdpa, or set "
             "TRITON_INTERPRET=1 to run the kernel slowly on the CPU."
         )
+    _require_package("triton", "triton")
+
+
+def _require_package(backend: str, module: str) -> None:
     try:
-        import triton  # noqa: F401
+        import_module(module)
     except ImportError as error:
         raise UserError(
-            "model.attention=triton needs the package triton; pip install 'specsmallkv[triton]' or use "
-            "model.attention=sdpa."
+            f"model.attention={backend} needs the package {module.replace('_', '-')}; pip install "
+            f"'specsmallkv[{backend}]' or use model.attention=sdpa."
         ) from error
 
 

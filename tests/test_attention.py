@@ -1,5 +1,7 @@
 """Attention over tiers against the plainest possible formula, in float32."""
 
+import sys
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
@@ -174,6 +176,13 @@ def test_logits_over_the_tiered_cache_equal_transformers_own(architecture):
         chunks = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 25), (25, 36), (36, 37), (37, 40))]
         torch.testing.assert_close(torch.cat(chunks, 1), expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)  # any other cache still works
+
+
+def test_a_backend_whose_package_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match=r"needs the package triton; pip install 'specsmallkv\[triton\]'"):
+        choose_backend("triton", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ def test_the_picture_of_a_run_lies_beside_its_record_and_never_over_a_committed_
         assert plotting.picture("kl_budget.py", "kl_budget") == expected
 
 
+def test_a_script_without_records_ends_with_a_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["speed_sweep", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"is no directory.*README\.md has its command"):
+        importlib.import_module("speed_sweep").main()
+
+
 def test_what_is_kept_tells_its_commit_but_no_directory_or_text(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     keep = importlib.import_module("keep")
