@@ -40,6 +40,7 @@ class ModelConfig:
     head_map: Optional[str] = None  # file of a saved head map; None: fitted on each prompt alone
     head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
     linear: str = "auto"  # who multiplies by weights: torch, or packed for CPUs without bfloat16 arithmetic
+    draft_vocab_size: int = 0  # tokens that a draft with a full head proposes besides those in its context; 0: all
 
 
 @dataclass
@@ -96,6 +97,8 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield model.dtype in DTYPES, "model.dtype", model.dtype, f"use {', '.join(DTYPES)}"
     yield model.attention in ATTENTIONS, "model.attention", model.attention, f"use {', '.join(ATTENTIONS)}"
     yield model.linear in LINEARS, "model.linear", model.linear, f"use {', '.join(LINEARS)}"
+    size = model.draft_vocab_size
+    yield size >= 0, "model.draft_vocab_size", size, "use 0 (all tokens) or a number of tokens, e.g. 32768"
     known_device = DEVICE.fullmatch(model.device) is not None
     yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda, cuda:N or tensor_parallel"
 

@@ -28,6 +28,7 @@ from .sampling import Sampler
 from .sequence import Counters, Round, Sequence
 from .speculation import accept, match_vocabulary, propose
 from .tensor_parallel import shard_of
+from .trimmed_head import ContextTokens, context_logits, context_tokens
 
 OBSERVED_CHUNK = 32  # rows of the observation window at a time; bounds scratch, not the result
 PREFILL_CHUNK = 2048  # tokens per prefill pass; bounds the activations, not the result
@@ -150,7 +151,8 @@ class Decoder:
         draft = full_cache(self.draft_model, limit + room) if self.draft_model else None
         evidence = Evidence(attention_scaling(self.target.config), self.budgeted, self._oracle(room, limit + room))
         evidence.mass = AttentionMass(limit + room) if self.policy.reads_mass else None
-        return Sequence(list(prompt), limit, target, draft, evidence, evicted_at=len(prompt))
+        words = context_tokens(self.draft_model)
+        return Sequence(list(prompt), limit, target, draft, evidence, len(prompt), context_tokens=words)
 
     def resume(self, sequence: Sequence, prompt: list[int], max_new_tokens: int) -> Sequence:
         """A sequence at rest, with room for a longer prompt that begins with its tokens; counters start anew."""
@@ -166,7 +168,11 @@ class Decoder:
         for layer in sequence.target.layers:
             layer.recall_bytes = 0
         sequence.tokens, sequence.last_row = sequence.tokens[: sequence.target.seen], None
-        sequence.limit, sequence.counters = limit, Counters()
+        sequence.limit, sequence.counters, sequence.context_tokens = (
+            limit,
+            Counters(),
+            context_tokens(self.draft_model),
+        )
         return sequence
 
     def branch(self, base: Sequence) -> Sequence:
@@ -352,7 +358,7 @@ class Decoder:
         pending = sequence.tokens[sequence.draft.seen :] if sequence.draft else []
         for step in range(count):
             call = drafting.step_call(self, sequence, len(pending))
-            logits = self.forward(self.draft_model, sequence.draft, pending, call)[-1]
+            logits = self.draft_step(sequence.draft, pending, call, sequence.context_tokens, sequence.tokens)
             token, distribution = self.propose(sequence, logits, generator)
             if step == 0:
                 drafting.send_ahead(self, sequence)
@@ -366,6 +372,22 @@ class Decoder:
             self.forward(self.draft_model, sequence.draft, tokens, call, num_logits=0)
         return drafts, probabilities
 
+    def draft_step(
+        self,
+        cache: TieredCache | None,
+        pending: list[int],
+        call: AttentionCall,
+        words: ContextTokens | None,
+        held: list[int],
+    ) -> Tensor:
+        """One pass of the draft: logits (V,) behind the last pending token; held: what `words` are to follow."""
+        if words is None:
+            return self.forward(self.draft_model, cache, pending, call)[-1]
+        assert self.draft_model is not None
+        hidden = self.forward(self.draft_model, cache, pending, call, num_logits=0)[-1:]
+        words.follow(held)
+        return context_logits(self.draft_model, hidden, [words])[0]
+
     def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
         """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
 
@@ -373,7 +395,14 @@ class Decoder:
         """
         caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
         calls = [drafting.step_call(self, *pair) for pair in zip(sequences, map(len, tokens), strict=True)]
-        return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
+        words = [sequence.context_tokens for sequence in sequences if sequence.context_tokens]
+        if logits == "none" or not words:
+            return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
+        assert self.draft_model is not None
+        hidden = [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, "none")]
+        for own, sequence in zip(words, sequences, strict=True):
+            own.follow(sequence.tokens)
+        return list(context_logits(self.draft_model, torch.stack(hidden), words))
 
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
         """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""
@@ -586,13 +615,12 @@ class Decoder:
         call: AttentionCall,
         num_logits: int = 1,
     ) -> Tensor:
-        """Float32 logits (num_logits, V) of the last positions; 0 leaves the output layer out."""
+        """Float32 logits (num_logits, V) of the last positions; 0 leaves the output layer out: hidden states (q, d)."""
         assert model is not None and cache is not None
         ids = torch.tensor([tokens], device=model.device)
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_call": call}
         if num_logits == 0:
-            model.base_model(input_ids=ids, **options)
-            return torch.empty(0, self.vocab_size)
+            return model.base_model(input_ids=ids, **options)[0][0].float()
         return model(input_ids=ids, logits_to_keep=num_logits, **options).logits[0].float()
 
     def forward_group(

@@ -29,7 +29,7 @@ from .placement import DeviceMap, device_map, empty_model
 from .saved_map import load_head_map
 from .sources import check_weights, model_class, read_config, resolve, typed_config
 from .tokenizer import byte_tokenizer, check_tokenizers_agree, live_vocabulary, load_tokenizer
-from .trimmed_head import IDS_KEY, trim_head
+from .trimmed_head import IDS_KEY, TrimmedHead, frequent_tokens, trim_head
 
 UNTRAINED = "untrained:"  # before a draft's source: the same model with random weights in its layers
 DRAFT_KEY = "specsmallkv_draft"  # in the config.json of a draft that `task=distill` wrote
@@ -65,6 +65,12 @@ class ModelPair:
         configs = (self.target.generation_config, self.target.config, self.tokenizer)
         ids: Any = next((c.eos_token_id for c in configs if getattr(c, "eos_token_id", None) is not None), [])
         return set(ids) if isinstance(ids, list | tuple) else {ids}
+
+    @property
+    def special_token_ids(self) -> set[int]:
+        """What every head has to know: ends, turns and other markers that the vocabulary really has."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder, *self.eos_token_ids}
+        return special & set(range(self.target.config.vocab_size))
 
     @property
     def target_weight_bytes(self) -> int:
@@ -115,6 +121,26 @@ def _add_draft(pair: ModelPair, config: ModelConfig, dtype: torch.dtype, quiet: 
     _check_vocabulary_fits(config, target, pair.draft, pair.tokenizer)
     _warn_if_larger(config, target, pair.draft)
     pair.head_map = None if config.head_map is None else _saved_head_map(config, target, pair.draft)
+    if config.draft_vocab_size:
+        _cut_vocabulary(pair, config)
+
+
+def _cut_vocabulary(pair: ModelPair, config: ModelConfig) -> None:
+    """Of the draft's head, special tokens and those of the lowest ids remain; see `trimmed_head.py`."""
+    draft, size = pair.draft, config.draft_vocab_size
+    assert draft is not None
+    head = draft.get_output_embeddings()
+    if isinstance(head, TrimmedHead):
+        raise UserError(
+            f"model.draft_vocab_size={size} cannot cut the head of {config.draft}, which has {len(head.weight)} of "
+            f"{head.vocab_size} tokens by training; leave it at 0."
+        )
+    special = pair.special_token_ids
+    if size < len(special):
+        raise UserError(f"model.draft_vocab_size={size} is below the {len(special)} special tokens; raise it.")
+    if size < len(head.weight):
+        draft.specsmallkv_fingerprint = fingerprint(draft)  # of the model as it was
+        trim_head(draft, frequent_tokens([], size, len(head.weight), special), keep_full=True)
 
 
 def load_target(

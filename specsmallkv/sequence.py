@@ -13,6 +13,7 @@ from .controller import Decision, History
 from .draft_view import DraftView
 from .oracle import AttentionOracle
 from .policies import Evidence
+from .trimmed_head import ContextTokens
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Sequence:
     view: DraftView | None = None  # what the draft's steps read while it is open, instead of the whole cache
     reread: bool = False  # in the present round the draft has read the block once more, for rows
     last_row: AttentionRows | None = None  # of the draft's last first step that a view followed
+    context_tokens: ContextTokens | None = None  # what the draft may propose besides its head's own
 
     @property
     def reading(self) -> AttentionOracle | None:
@@ -120,6 +122,7 @@ class Sequence:
         """Bytes that lie in memory now, counted from the tensors; keys as in the record."""
         oracle, mass, view, row = self.evidence.oracle, self.evidence.mass, self.view, self.last_row
         steps = (view.nbytes if view else 0) + (row.nbytes if row and not oracle else 0)
+        steps += self.context_tokens.nbytes if self.context_tokens else 0
         return {
             "target_kv_bytes": self.target.nbytes,
             "target_kv_bytes_full": self.target.full_nbytes,

@@ -219,7 +219,8 @@ class Base:
         tokens = [text[position]]
         for _ in range(count):
             step = AttentionCall(decoder.attention, view=view) if view else call
-            probabilities = decoder.forward(decoder.draft_model, cache, tokens[-1:], step)[-1].softmax(-1)
+            words, known = self.sequence.context_tokens, text[: position + 1]
+            probabilities = decoder.draft_step(cache, tokens[-1:], step, words, known).softmax(-1)
             tokens.append(int(probabilities.argmax()))
             if oracle is not None:
                 oracle.block.expect(float(probabilities.max()))

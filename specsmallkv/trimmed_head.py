@@ -1,7 +1,9 @@
 """A language-model head for some of the vocabulary: for small models the head is most of what a draft step costs.
 
 Tokens without a row get logit -inf, hence draft probability 0: they are never proposed, and the target may still emit
-them, so decoding stays lossless (speculation.py).
+them, so decoding stays lossless (speculation.py). A head cut down at load time keeps its other rows where no step reads
+them, and each sequence adds those of the tokens that it holds: what a frequency rank misses (FR-Spec, arXiv 2502.14856)
+is mostly names and numbers that the draft copies.
 """
 
 import torch
@@ -13,12 +15,16 @@ IDS_KEY = "head_token_ids"  # beside the weights of a draft whose head is trimme
 
 
 class TrimmedHead(nn.Module):
-    """weight (S, d): rows of a full head; head_token_ids (S,): whose rows they are."""
+    """weight (S, d): rows of a full head; head_token_ids (S,): whose rows they are.
+
+    full (V, d): that head's weight, if sequences may add their own tokens' rows, else None.
+    """
 
     head_token_ids: Tensor
 
-    def __init__(self, full: Tensor, token_ids: Tensor):
+    def __init__(self, full: nn.Parameter, token_ids: Tensor, keep_full: bool = False):
         super().__init__()
+        self.full = full if keep_full else None
         self.vocab_size = len(full)
         self.register_buffer(IDS_KEY, token_ids.to(full.device, torch.long), persistent=False)
         self.known = nn.Linear(
@@ -37,9 +43,61 @@ class TrimmedHead(nn.Module):
         return logits.index_copy_(-1, self.head_token_ids, known)
 
 
-def trim_head(model: PreTrainedModel, token_ids: Tensor) -> None:
-    """Let the model propose `token_ids` (S,) only."""
-    model.set_output_embeddings(TrimmedHead(model.get_output_embeddings().weight, token_ids))
+class ContextTokens:
+    """Tokens that one sequence holds and a trimmed head lacks, and their rows of the full one: (E,) and (E, d)."""
+
+    def __init__(self, head: TrimmedHead):
+        assert head.full is not None, "the head keeps no other rows"
+        self.head, self.full = head, head.full
+        self.known, self.count = set(head.head_token_ids.tolist()), 0
+        self.ids = head.head_token_ids[:0]
+        self.rows = self._rows_of(self.ids)
+
+    def follow(self, tokens: list[int]) -> None:
+        """`tokens` are what the sequence holds by now, those of the last call first; fewer: it went back."""
+        if len(tokens) < self.count:
+            self.known, self.count = set(self.head.head_token_ids.tolist()), 0
+            self.ids, self.rows = self.ids[:0], self.rows[:0]
+        new = [token for token in dict.fromkeys(tokens[self.count :]) if token not in self.known]
+        self.count = len(tokens)
+        if new:
+            self.known.update(new)
+            ids = torch.tensor(new, device=self.ids.device)
+            self.ids, self.rows = torch.cat((self.ids, ids)), torch.cat((self.rows, self._rows_of(ids)))
+
+    def complete(self, logits: Tensor, hidden: Tensor) -> None:
+        """Write these tokens' logits among those (V,) of the trimmed head, for the same hidden state (d,)."""
+        logits[self.ids] = (self.rows @ hidden.to(self.rows.dtype)).to(logits.dtype)
+
+    def _rows_of(self, ids: Tensor) -> Tensor:
+        rows = self.full[ids]
+        return rows.float() if rows.device.type == "cpu" else rows  # whose products are many times faster
+
+    @property
+    def nbytes(self) -> int:
+        """Scratch on the device."""
+        return self.rows.nbytes
+
+
+def context_tokens(model: PreTrainedModel | None) -> ContextTokens | None:
+    """For a new sequence; None where the model's head has all rows, or no others, or only shapes (`task=plan`)."""
+    head = model.get_output_embeddings() if model is not None else None
+    known = isinstance(head, TrimmedHead) and head.full is not None and not head.full.is_meta
+    return ContextTokens(head) if known else None
+
+
+def context_logits(model: PreTrainedModel, hidden: Tensor, contexts: list[ContextTokens]) -> Tensor:
+    """Float32 logits (n, V) of hidden states (n, d), each of another sequence."""
+    logits = model.get_output_embeddings()(hidden.to(model.dtype)).float()
+    for own, state, context in zip(logits, hidden, contexts, strict=True):
+        context.complete(own, state)
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma2
+    return logits if cap is None else torch.where(logits == -torch.inf, logits, cap * torch.tanh(logits / cap))
+
+
+def trim_head(model: PreTrainedModel, token_ids: Tensor, keep_full: bool = False) -> None:
+    """Let the model propose `token_ids` (S,) only; keep_full: and those that a sequence holds."""
+    model.set_output_embeddings(TrimmedHead(model.get_output_embeddings().weight, token_ids, keep_full))
 
 
 def frequent_tokens(kinds: list[list[list[int]]], count: int, vocab_size: int, always: set[int]) -> Tensor:

@@ -115,6 +115,7 @@ def test_impossible_values_are_refused_with_key_and_remedy(key, value):
         ("model", "dtype", "int8"),
         ("model", "device", "gpu"),
         ("model", "attention", "eager"),
+        ("model", "draft_vocab_size", -1),
         ("speculation", "name", "tree"),
         ("speculation", "num_draft_tokens", 0),
         ("speculation", "oracle_every", 0),

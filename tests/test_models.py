@@ -526,3 +526,20 @@ def test_fingerprint_survives_the_dtype_and_sees_the_weights(checkpoint):
     assert fingerprint(full) == fingerprint(half) and len(fingerprint(full)) == 16
     full.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     assert fingerprint(full) != fingerprint(half)
+
+
+def cut_config(draft, size) -> ModelConfig:
+    return ModelConfig("cut", TARGET, draft, "float32", "cpu", "auto", linear="torch", draft_vocab_size=size)
+
+
+def test_a_draft_vocabulary_keeps_special_and_frequent_tokens_and_the_fingerprint(caplog):
+    full, cut = (load_pair(cut_config(DRAFT, size), need_draft=True) for size in (0, 100))
+    head = cut.draft.get_output_embeddings()
+    assert head.head_token_ids.tolist() == [*range(97), *sorted(cut.special_token_ids)]
+    assert fingerprint(cut.draft) == fingerprint(full.draft), "a saved head map still fits"
+    everything = load_pair(cut_config(DRAFT, 10**6), need_draft=True).draft.get_output_embeddings()
+    assert type(everything) is torch.nn.Linear
+
+
+def test_a_draft_vocabulary_that_cannot_be_is_refused():
+    assert "below the 3 special tokens" in sentence(load_pair, cut_config(DRAFT, 2), True)

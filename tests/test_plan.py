@@ -80,6 +80,14 @@ def test_weights_are_counted_as_loaded_in_half_precision_too(linear, tmp_path):
         assert plan[key] == run[key]
 
 
+@pytest.mark.parametrize("linear", ["torch", "packed"])
+def test_a_smaller_vocabulary_of_the_draft_is_counted_as_loaded(linear, tmp_path):
+    asked = ["model.dtype=bfloat16", f"model.linear={linear}", "max_new_tokens=2", "model.draft_vocab_size=100"]
+    run = run_task(*TINY, *asked, "prompt=hello", f"run_dir={tmp_path}")
+    assert planned(*asked)["draft_weight_bytes"] == run["draft_weight_bytes"]
+    assert run["draft_weight_bytes"] != planned(*asked[:3])["draft_weight_bytes"]
+
+
 def test_a_packed_head_is_counted_beside_the_embedding_that_it_shares():
     model = tiny_model().bfloat16()
     planned, unpacked = (weight_bytes(model, torch.bfloat16, packed) for packed in (True, False))

@@ -4,10 +4,14 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
+from specsmallkv import random_model
+from specsmallkv.batch import BatchDecoder, Job
+from specsmallkv.decode import Decoder
 from specsmallkv.linear import linear_layers
+from specsmallkv.presets import load_policy
 from specsmallkv.sampling import Sampler
 from specsmallkv.speculation import accept_sampled, match_vocabulary, propose
-from specsmallkv.trimmed_head import frequent_tokens, trim_head
+from specsmallkv.trimmed_head import ContextTokens, context_logits, context_tokens, frequent_tokens, trim_head
 
 IDS = torch.tensor([3, 5, 40, 41, 95])
 
@@ -67,3 +71,72 @@ def test_the_most_frequent_tokens_are_chosen_and_special_ones_always():
     assert frequent_tokens([text, answers], 4, 12, always={11}).tolist() == [2, 5, 7, 11]  # kinds count alike
     assert frequent_tokens([text], 6, 12, always={11}).tolist() == [0, 1, 2, 7, 9, 11]  # then the lowest ids
     assert frequent_tokens([text, []], 3, 12, always=set()).tolist() == [2, 7, 9]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_tokens_of_the_context_have_the_full_heads_logits_too(architecture):
+    source = f"random:{architecture}?layers=2&hidden=64&heads=4&kv_heads=2"
+    model, prompt = random_model.build(source, torch.float32), torch.arange(12)[None]
+    full = model(prompt).logits[0].detach()
+    trim_head(model, IDS, keep_full=True)
+    context = context_tokens(model)
+    context.follow([5, 7, 7, 50])
+    context.follow([5, 7, 7, 50, 9])
+    hidden = model.base_model(prompt)[0][0, -1:].detach()
+    (logits,) = context_logits(model, hidden, [context])
+    known = [*IDS.tolist(), 7, 50, 9]
+    torch.testing.assert_close(logits[known], full[-1, known])
+    assert logits[[i for i in range(len(logits)) if i not in known]].eq(-torch.inf).all()
+
+
+def test_a_sequence_that_goes_back_loses_what_it_no_longer_holds():
+    model = tiny_model()
+    trim_head(model, IDS, keep_full=True)
+    context = ContextTokens(model.lm_head)
+    context.follow([7, 50, 9])
+    context.follow([7, 50])
+    assert context.ids.tolist() == [7, 50] and context.rows.shape == (2, model.config.hidden_size)
+    assert context.nbytes == context.rows.nbytes
+
+
+def test_a_head_without_the_other_rows_adds_none():
+    model = tiny_model()
+    assert context_tokens(model) is None and context_tokens(None) is None
+    trim_head(model, IDS)
+    assert context_tokens(model) is None
+
+
+@pytest.fixture
+def cut_pair():
+    target, draft = tiny_model(), tiny_model(layers=1, heads=2, kv_heads=1, seed=1)
+    trim_head(draft, IDS, keep_full=True)
+    return target, draft
+
+
+@pytest.mark.parametrize("name", ["full", "specsmallkv"])
+def test_drafts_are_of_the_head_or_of_the_sequence_alone_and_in_a_batch(cut_pair, name):
+    policy = load_policy(name, kv_budget=0.4, evict_block=16, window_size=8)
+    prompts = [list(range(10, 70)), list(range(60, 90)), [3, 5, 77] * 9]
+    alone = []
+    for prompt in prompts:
+        rounds = list(Decoder(*cut_pair, policy, 3).generate(prompt, 24))
+        tokens = list(prompt)
+        for round_, _ in rounds:
+            assert set(round_.drafts) <= {*IDS.tolist(), *tokens}
+            tokens += round_.tokens
+        alone.append([round_ for round_, _ in rounds])
+        assert set().union(*(round_.drafts for round_, _ in rounds)) - set(IDS.tolist()), "the context was of use"
+    batch, together = BatchDecoder(Decoder(*cut_pair, policy, 3), 2), {0: [], 1: [], 2: []}
+    for row, round_ in batch.generate([Job(prompt, 24) for prompt in prompts]):
+        together[row.number].append(round_)
+    assert list(together.values()) == alone
+
+
+def test_a_smaller_vocabulary_of_the_draft_changes_no_text(cut_pair):
+    target, _ = cut_pair
+    prompt, full = list(range(10, 70)), tiny_model(layers=1, heads=2, kv_heads=1, seed=1)
+    policy = load_policy("full")
+    texts = [list(Decoder(target, draft, policy, 3).generate(prompt, 24)) for draft in (full, cut_pair[1])]
+    ours, theirs = ([token for round_, _ in rounds for token in round_.tokens] for rounds in texts)
+    assert ours == theirs

@@ -143,8 +143,7 @@ class DistillTask:
         vocab_size = pair.target.config.vocab_size
         if self.head_tokens is None or self.head_tokens >= vocab_size:
             return None
-        special = {*pair.tokenizer.all_special_ids, *pair.tokenizer.added_tokens_decoder, *pair.eos_token_ids}
-        always = special & set(range(vocab_size))
+        always = pair.special_token_ids
         if self.head_tokens < len(always):
             raise UserError(
                 f"task.head_tokens={self.head_tokens} is below the {len(always)} special tokens; raise it."

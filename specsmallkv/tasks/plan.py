@@ -27,7 +27,7 @@ from ..prefill import in_chunks, while_reading
 from ..random_model import empty as empty_random_model
 from ..record import asked_for
 from ..sources import read_config, resolve_config
-from ..trimmed_head import IDS_KEY
+from ..trimmed_head import IDS_KEY, trim_head
 
 LONGEST = 2**24  # tokens; a context at which the pair breaks even is sought up to here
 
@@ -241,6 +241,8 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
         draft, head_rows, shares = on_meta(config.model.draft, config.quiet)
         if shares:
             without_shared(draft, head_rows)
+        if 0 < config.model.draft_vocab_size < draft.config.vocab_size and head_rows is None:
+            trim_head(draft, torch.arange(config.model.draft_vocab_size), keep_full=True)
         draft_bytes = weight_bytes(draft, dtype, linear == "packed")
     for model in filter(None, (target, draft)):
         model.to(dtype)
