@@ -59,12 +59,52 @@ def slots_of(have: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select(source: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (B, H_kv, m) of `source` (B, H_kv, n, D), as a new (B, H_kv, m, D) tensor on the index's device."""
-    batch, heads, length, dim = source.shape
-    index = index.to(source.device)
-    offset = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * length
-    flat = source.reshape(batch * heads * length, dim)  # a view: buffers are handed over whole
-    return flat.index_select(0, (index + offset).flatten()).view(batch, heads, index.shape[2], dim)
+    """Rows `index` (B, H_kv, m) of `source` (B, H_kv, n, D), as a new tensor (B, H_kv, m, D) on its device."""
+    return select_both((source,), index)[0]
+
+
+def select_both(sources: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+    """`select` from several sources of one shape, as K and V are."""
+    batch, heads, length, dim = sources[0].shape
+    if not index.shape[2]:
+        return tuple(source.new_empty(batch, heads, 0, dim) for source in sources)
+    index = index.to(sources[0].device)
+    offset = torch.arange(0, batch * heads * length, length, device=index.device).view(batch, heads, 1)
+    rows = (index + offset).flatten()
+    flat = (source.reshape(-1, dim) for source in sources)  # views: buffers are handed over whole
+    return tuple(source.index_select(0, rows).view(*index.shape, dim) for source in flat)
+
+
+class Found(NamedTuple):
+    """What a layer has of the tokens (B, H_kv, c) that it is to keep.
+
+    slot: where, 0 if absent; resident: whether; padding: a head's repetitions of its first one; num_new: the others.
+    """
+
+    slot: Tensor
+    resident: Tensor
+    padding: Tensor
+    num_new: int
+
+
+def look_up(layers: list["TieredLayer"], wanted: list[Tensor], padded: bool) -> list[Found]:
+    """Of each layer; they hold as many tokens, and as many positions (B, H_kv, c) are wanted of each.
+
+    padded: a head may repeat its first position.
+    """
+    batch, together = wanted[0].shape[0], torch.cat(wanted)
+    slot, resident = slots_of(positions_of(layers), together)
+    repeats = padded and together.shape[2]
+    padding = F.pad(together.diff(dim=2) == 0, (1, 0)) if repeats else torch.zeros_like(resident)
+    num_new = (~(resident | padding)).view(len(layers), -1).sum(dim=1).tolist()
+    return [Found(*own) for own in zip(*(x.split(batch) for x in (slot, resident, padding)), num_new, strict=True)]
+
+
+def positions_of(layers: list["TieredLayer"]) -> Tensor:
+    """(layers x B, H_kv, num_slots) logical position of every slot, ascending, of layers that hold as many tokens."""
+    kept = torch.cat([layer.kept_positions for layer in layers])
+    tail = torch.arange(layers[0].tail_start, layers[0].seen, device=kept.device)
+    return torch.cat((kept, tail.expand(*kept.shape[:2], -1)), dim=2)
 
 
 def enlarged(source: Tensor, slots: int, used: int) -> Tensor:
@@ -207,8 +247,7 @@ class TieredLayer(CacheLayerMixin):
     @property
     def positions(self) -> Tensor:
         """(B, H_kv, num_slots) logical position of every slot, ascending."""
-        tail = torch.arange(self.tail_start, self.seen, device=self.kept_positions.device)
-        return torch.cat((self.kept_positions, tail.expand(*self.kept_positions.shape[:2], -1)), dim=2)
+        return positions_of([self])
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """K and V of all `seen` tokens (B, H_kv, seen, D), from the host store where they are not in the tail."""
@@ -242,31 +281,41 @@ class TieredLayer(CacheLayerMixin):
         return Candidates(torch.cat((with_keys, self.marginal_positions), dim=2), with_keys.shape[2])
 
     def retain(
-        self, critical: Tensor, marginal: Tensor, tail_start: int, row_mask: Tensor | None = None, room: int = 0
+        self,
+        critical: Tensor,
+        marginal: Tensor,
+        tail_start: int,
+        row_mask: Tensor | None = None,
+        room: int = 0,
+        found: Found | None = None,
     ) -> None:
         """Make these candidates the resident set: evict the others and, from a host store, recall what is missing.
 
         critical (B, H_kv, c), marginal (B, H_kv, m): indices into `candidates(tail_start)`, both sorted by position;
         tokens from `tail_start` on become the tail. row_mask (B, H_kv, q, c): which of the critical tokens each of the
         q queries of the coming verify pass reads; only with it may a head repeat its first index, as padding.
-        room: tokens that will be appended before the next call.
+        room: tokens that will be appended before the next call. found: what `look_up` says of the critical tokens.
         """
+        kept, buffer = critical.shape[2], self.k
         tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
-        tail_k, tail_v = self.k[:, :, tail].clone(), self.v[:, :, tail].clone()
+        tail_k, tail_v = self.k[:, :, tail], self.v[:, :, tail]
+        if kept != tail.start:  # else they stay where they are
+            tail_k, tail_v = tail_k.clone(), tail_v.clone()
         if self.residency == "offload":  # candidates are all positions: an index is a position
             positions = critical, marginal
             self._flush(tail_start)
-            kept_k, kept_v = self._recall(critical, padded=row_mask is not None)
+            kept_k, kept_v = self._recall(critical, found or look_up([self], [critical], row_mask is not None)[0])
             marginal_v = select(self.store_v, marginal).to(self.v.device)
         else:
             candidates = self.candidates(tail_start).positions
             positions = candidates.gather(2, critical), candidates.gather(2, marginal)
-            kept_k, kept_v = select(self.k, critical), select(self.v, critical)
+            kept_k, kept_v = select_both((self.k, self.v), critical)
             marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
-        kept, length = critical.shape[2], critical.shape[2] + tail_k.shape[2]
+        length = kept + tail_k.shape[2]
         self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
         self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
-        self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
+        if kept != tail.start or self.k is not buffer:
+            self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         (self.kept_positions, self.marginal_positions), self.tail_start = positions, tail_start
         self.marginal_v = marginal_v
         self.marginal_weights = self.tail_term = None
@@ -301,17 +350,12 @@ class TieredLayer(CacheLayerMixin):
         self.sent, self.sent_nbytes = arrive, positions.numel() * self.entry_bytes
         self.recall_bytes += self.sent_nbytes
 
-    def _recall(self, wanted: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
-        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves.
-
-        padded: a head may repeat its first position.
-        """
-        slot, resident = slots_of(self.positions, wanted)
-        padding = F.pad(wanted.diff(dim=2) == 0, (1, 0)) if padded and wanted.shape[2] else torch.zeros_like(resident)
-        self.num_new = wanted.numel() - int((resident | padding).sum())
+    def _recall(self, wanted: Tensor, found: Found) -> tuple[Tensor, ...]:
+        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves."""
+        slot, resident, padding, self.num_new = found
         if self.shares_memory:
             self.recall_bytes += self.num_new * self.entry_bytes
-            return select(self.store_k, wanted), select(self.store_v, wanted)
+            return select_both((self.store_k, self.store_v), wanted)
         arrived = self.sent() if self.sent else Arrived(wanted[:, :, :0], self.k[:, :, :0], self.v[:, :, :0])
         self.sent = None
         place, ahead = slots_of(arrived.positions, wanted)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import TieredCache, TieredLayer, select
+from .ranking import largest
 
 # Cache over view, from which a view is used. Measured at 16 only, where opening it costs far less than it saves.
 PAYS_FROM = 8
@@ -85,4 +86,4 @@ def most_attended(rows: Tensor, num_layers: int, num_kv_heads: int, seen: int, s
     scores = rows.new_zeros(num_layers, num_kv_heads, seen)
     scores[..., :known] = rows[:, :known].reshape(num_layers, num_kv_heads, -1, known).amax(dim=2)
     scores[..., :SINKS] = scores[..., seen - int(RECENT_SHARE * size) :] = torch.inf
-    return scores.topk(size, dim=-1, sorted=False).indices.sort(dim=-1).values
+    return largest(scores, size)

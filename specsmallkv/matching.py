@@ -92,11 +92,14 @@ class HeadMap:
     ) -> Tensor:
         """Predictions of row means (M, N), reduced over each group's heads: (L, H_kv, N); history (L, H_q, n)."""
         past = None if history is None else history[:, :, : mean_rows.shape[1]]
-        parts = []
-        for predicted in self.predictions(mean_rows.unsqueeze(1), past):
-            heads = predicted.squeeze(2).unflatten(1, (num_kv_heads, -1))
-            parts.append(heads.mean(dim=2) if reduction == "mean" else heads.amax(dim=2))
-        return torch.cat(parts)
+        predictions = self.predictions(mean_rows.unsqueeze(1), past)
+        return torch.cat([over_groups(predicted.squeeze(2), num_kv_heads, reduction) for predicted in predictions])
+
+
+def over_groups(predicted: Tensor, num_kv_heads: int, reduction: str) -> Tensor:
+    """Predicted rows (n, H_q, N), reduced over the query heads that share keys: (n, H_kv, N)."""
+    heads = predicted.unflatten(1, (num_kv_heads, -1))
+    return heads.mean(dim=2) if reduction == "mean" else heads.amax(dim=2)
 
 
 class Prior(NamedTuple):

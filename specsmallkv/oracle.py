@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention import AttentionRows, window_mask
 from .backends import attention_probabilities
 from .cache import TieredCache
-from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, pooled_history
+from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, over_groups, pooled_history
 from .tensor_parallel import Shard
 
 LOOKAHEADS = ("block", "drafted", "first")
@@ -57,6 +57,7 @@ class AttentionOracle:
         self.history: Tensor | None = None  # (L, H_q, N): the target's own attention before, pooled
         self._fit: HeadMapFit | None = None
         self.recent_rows: Tensor | None = None  # (M, n): mean over the last block's rows, once one was planned for
+        self._predicted: Tensor | None = None  # what `mean_predictions` is to give, if `lookahead_saliency` kept it
 
     @property
     def nbytes(self) -> int:
@@ -177,10 +178,19 @@ class AttentionOracle:
         self._sum /= 2
         self._count /= 2
 
-    def lookahead_saliency(self, length: int, by_chance: bool = False, reduction: str = "mean") -> Tensor:
-        """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted."""
-        self.recent_rows = self.block.mean(by_chance, self.num_rows)
-        return self.saliency(self.recent_rows[:, :length], reduction)
+    def lookahead_saliency(
+        self, length: int, by_chance: bool = False, reduction: str = "mean", keep: bool = False
+    ) -> Tensor:
+        """(L, H_kv, length): mean over the rows of the coming verify block, by the chance that they are accepted.
+
+        keep: `mean_predictions` is asked next; where all layers were predicted at once it need not predict again.
+        """
+        self.recent_rows, self._predicted, parts = self.block.mean(by_chance, self.num_rows), None, []
+        for predicted in self.mean_predictions():
+            parts.append(over_groups(predicted, self.num_kv_heads, reduction)[..., :length])
+        if keep and len(parts) == 1:
+            self._predicted = predicted
+        return torch.cat(parts)
 
     def first_saliency(self, length: int, reduction: str = "mean") -> Tensor:
         """(L, H_kv, length): of the coming verify block's first row alone, while the others are still to come."""
@@ -210,4 +220,7 @@ class AttentionOracle:
     def mean_predictions(self) -> Iterator[Tensor]:
         """Of all target layers in turn, some at a time: the row (n, H_q, N) that chose for the coming verify block."""
         assert self.head_map is not None and self.recent_rows is not None, "saliency was asked for before"
+        if self._predicted is not None:
+            kept, self._predicted = self._predicted, None
+            return iter((kept,))
         return (x.squeeze(2) for x in self.head_map.predictions(self.recent_rows.unsqueeze(1), self.history))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache import TieredLayer
+from .cache import Found, TieredLayer, look_up
 from .matching import marginal_weights
 from .oracle import AttentionOracle
 from .policies import Evidence, Plan, Policy
@@ -51,26 +51,36 @@ def saliency_ahead(policy: Policy, sequence: "Sequence", looked: Tensor | None) 
         return sequence.evidence.saliency
     if policy.selection == "query":
         return oracle.row_saliencies(sequence.evicted_at, policy.group_reduction)
-    return oracle.lookahead_saliency(sequence.target.seen, policy.weigh_rows, policy.group_reduction)
+    keep = policy.tail_factor > 0  # for the tail terms
+    return oracle.lookahead_saliency(sequence.target.seen, policy.weigh_rows, policy.group_reduction, keep)
 
 
 def retain(decoder: "Decoder", sequence: "Sequence", room: int = 0) -> None:
     """Plan every layer and make the plans so. room: as `TieredLayer.retain`'s; 0: what one verify block needs."""
     policy, layers = decoder.policy, dict(enumerate(sequence.target.layers))
     budgeted = {index: layer for index, layer in layers.items() if layer.window is None}
-    plans: dict[int, Plan] = {}
+    plans: list[tuple[list[TieredLayer], list[Plan]]] = []
     for (device, _), own in alike(budgeted).items():
         evidence = evidence_on(device, sequence.evidence)
-        plans |= zip(own, policy.plan_layers(own, evidence, sequence.evicted_at), strict=True)
+        plans.append((list(own.values()), policy.plan_layers(own, evidence, sequence.evicted_at)))
     start = time.perf_counter()
     for layer in layers.values():
         if layer.window is not None:
             layer.slide(decoder.num_waiting)
-    for index, chosen in plans.items():
-        layers[index].retain(*chosen, room=room)
+    for members, chosen in plans:
+        retain_alike(members, chosen, room)
     sequence.counters.recall_seconds += time.perf_counter() - start
     kept = sum(layer.kept_positions.numel() for layer in budgeted.values())
     sequence.counters.new_entries.append(sum(layer.num_new for layer in budgeted.values()) / max(kept, 1))
+
+
+def retain_alike(layers: list[TieredLayer], plans: list[Plan], room: int) -> None:
+    """`TieredLayer.retain` of layers that hold as many tokens; if their sets are equally large, looked up at once."""
+    critical, found = [plan.critical for plan in plans], list[Found | None]([None] * len(plans))
+    if layers[0].residency == "offload" and len({positions.shape for positions in critical}) == 1:
+        found = [*look_up(layers, critical, any(plan.row_mask is not None for plan in plans))]
+    for layer, own, there in zip(layers, plans, found, strict=True):
+        layer.retain(*own, room=room, found=there)
 
 
 def alike(layers: dict[int, TieredLayer]) -> dict[tuple[torch.device, int], dict[int, TieredLayer]]:
@@ -94,16 +104,22 @@ def _set_tail_terms(policy: Policy, sequence: "Sequence", oracle: AttentionOracl
     assert saliency is not None, "planned before"
     concerned = believed.any(dim=1).tolist()
     for predicted in oracle.mean_predictions():
-        layers = dict(enumerate(sequence.target.layers[first : first + len(predicted)]))
+        last = first + len(predicted)
+        layers = dict(enumerate(sequence.target.layers[first:last]))
         layers = {i: layer for i, layer in layers.items() if concerned[first + i] and layer.window is None}
         for (device, _), own in alike(layers).items():
-            rows = torch.stack([predicted[i] for i in own]).to(device)
-            ranks, trust = (torch.stack([x[first + i] for i in own]).to(device) for x in (saliency, believed))
+            parts = predicted, saliency[first:last], believed[first:last]
+            rows, ranks, trust = (_of(x, list(own)).to(device) for x in parts)
             factor, members = policy.tail_factor * trust, list(own.values())
             terms = tail_terms(rows, ranks, members, policy.num_sink_tokens, factor, policy.tail_pool)
             for layer, term in zip(own.values(), terms, strict=True):
                 layer.tail_term = term
-        first += len(predicted)
+        first = last
+
+
+def _of(values: Tensor, layers: list[int]) -> Tensor:
+    """Of these layers only; not copied if there are no others."""
+    return values if len(layers) == len(values) else values[layers]
 
 
 def _set_marginal_weights(policy: Policy, sequence: "Sequence", oracle: AttentionOracle) -> None:

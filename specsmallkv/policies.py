@@ -19,6 +19,7 @@ from .cache import RESIDENCIES, Candidates, TieredLayer, slots_of
 from .errors import UserError
 from .matching import METHODS, REDUCTIONS
 from .oracle import LOOKAHEADS, AttentionOracle
+from .ranking import largest
 
 
 @dataclass
@@ -208,7 +209,7 @@ class Policy(ABC):
         scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
         with_keys = scores[..., : candidates.num_with_keys]
         count = min(sizes.critical - (committed - tail_start), candidates.num_with_keys)
-        critical = with_keys.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+        critical = largest(with_keys, count)
         if not sizes.marginal:
             return Plan(critical, critical[..., :0], tail_start)
         rest = scores.scatter(-1, critical, -torch.inf)
@@ -540,5 +541,5 @@ class Lookahead(DraftPolicy):
         scores = torch.stack([evidence.saliency[index, :, :tail_start] for index in layers])
         scores[..., : self.num_sink_tokens] = torch.inf
         count = min(self.tiers(evicted_at).critical - (evicted_at - tail_start), tail_start)
-        critical = scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+        critical = largest(scores, count)
         return [Plan(own, own[..., :0], tail_start) for own in critical.split(1)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import Arrived, TieredLayer, select, sent_over
+from .ranking import largest
 
 AHEAD_SHARE = 0.5  # of the kept tokens, how many are sent ahead; .25 to .33 of a set are new each round
 
@@ -55,7 +56,7 @@ def _best_evicted(layer: TieredLayer, saliency: Tensor) -> Tensor:
     kept = layer.kept_positions[0]
     ranked = saliency[:, : layer.tail_start].scatter(-1, kept, -torch.inf)
     count = min(int(AHEAD_SHARE * kept.shape[1]), layer.tail_start - kept.shape[1])
-    return ranked.topk(max(count, 0), dim=-1).indices.sort(dim=-1).values.unsqueeze(0)
+    return largest(ranked, max(count, 0)).unsqueeze(0)
 
 
 def _send(store_k: Tensor, store_v: Tensor, positions: Tensor, device: torch.device) -> Shipment:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cache import TieredLayer, select
+from .ranking import largest
 
 BELIEVED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds are not believed at all
 
@@ -48,7 +49,7 @@ def tail_terms(
     rows = predicted.unflatten(1, (num_kv_heads, -1)).flatten(0, 1)  # (L * H_kv, group, N)
     kept = torch.cat([layer.kept_positions[0] for layer in layers])  # (L * H_kv, c)
     ranked = saliency[..., :start].flatten(0, 1).scatter(1, kept, -1)
-    near = ranked.topk(min(int(pool * num_kept), count), dim=-1, sorted=False).indices  # (L * H_kv, p)
+    near = largest(ranked, min(int(pool * num_kept), count))  # (L * H_kv, p)
     held = _at(rows, kept).sum(dim=-1) + rows[..., start:].sum(dim=-1)
     against = held - rows[..., :num_sinks].sum(dim=-1)  # sinks are always kept
     weights = _at(rows, near)
@@ -57,11 +58,8 @@ def tail_terms(
     odds = torch.stack((near_mass, far_mass), dim=-1) / against.clamp_min(1e-6).unsqueeze(-1)
     odds = factor.unsqueeze(-1) * odds.view(*factor.shape, 2)
     weights /= near_mass.clamp_min(1e-9).unsqueeze(-1)
-    shares = zip(layers, near.split(num_kv_heads), weights.split(num_kv_heads), odds.unbind(0), strict=True)
-    return [
-        TailTerm(own_odds[None, :, None], _pooled(layer, own_near, own_weights).unsqueeze(0), num_sinks)
-        for layer, own_near, own_weights, own_odds in shares
-    ]
+    values = _pooled(layers, *(x.unflatten(0, (len(layers), num_kv_heads)) for x in (near, weights)))
+    return [TailTerm(odds[i, None, :, None], values[i, None], num_sinks) for i in range(len(layers))]
 
 
 def _at(rows: Tensor, positions: Tensor) -> Tensor:
@@ -69,11 +67,14 @@ def _at(rows: Tensor, positions: Tensor) -> Tensor:
     return rows.gather(-1, positions.unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 
-def _pooled(layer: TieredLayer, near: Tensor, weights: Tensor) -> Tensor:
-    """(H_q, 2, D): values near (H_kv, p), pooled by weights (H_kv, group, p), and the mean of the others."""
-    values = select(layer.store_v, near.unsqueeze(0)).to(weights.device)[0].float()
-    pooled = weights @ values
-    count = layer.tail_start - layer.num_kept - near.shape[1]
-    kept = layer.v[0, :, : layer.num_kept].sum(dim=1, dtype=torch.float32)
-    far = (layer.older_value_sum[0] - kept - values.sum(dim=1)) / max(count, 1)
-    return torch.stack((pooled, far.unsqueeze(1).expand_as(pooled)), dim=2).flatten(0, 1)
+def _pooled(layers: list[TieredLayer], near: Tensor, weights: Tensor) -> Tensor:
+    """(L, H_q, 2, D): values near (L, H_kv, p), pooled by weights (L, H_kv, group, p), and the mean of the others."""
+    weights = torch.cat((weights, torch.ones_like(weights[:, :, :1])), dim=2)  # one row more: their plain sum
+    num_kept, products, kept = layers[0].num_kept, [], []
+    for layer, positions, own_weights in zip(layers, near.split(1), weights, strict=True):
+        products.append(own_weights @ select(layer.store_v, positions).to(weights.device)[0].float())
+        kept.append(layer.v[0, :, :num_kept].sum(dim=1, dtype=torch.float32))
+    pooled, near_sum = torch.stack(products).split((weights.shape[2] - 1, 1), dim=2)
+    others = torch.cat([layer.older_value_sum for layer in layers]) - torch.stack(kept) - near_sum.squeeze(2)
+    far = others / max(layers[0].tail_start - num_kept - near.shape[-1], 1)
+    return torch.stack((pooled, far.unsqueeze(2).expand_as(pooled)), dim=3).flatten(1, 2)

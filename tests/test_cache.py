@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from specsmallkv.cache import TieredCache, TieredLayer
+from specsmallkv.planning import alike, retain_alike
+from specsmallkv.policies import Plan
 
 HEADS, DIM = 2, 4
 
@@ -139,3 +141,36 @@ def test_a_cache_reports_kept_of_total_for_every_layer():
         {"critical": 8, "marginal": 2, "total": 20},
     ]
     assert cache.nbytes == sum(layer.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("bus", [False, True])
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 9, 8)])
+def test_layers_retained_together_are_what_each_is_alone(bus, sizes):
+    alone, together = ([TieredLayer(64, 40, residency="offload") for _ in sizes] for _ in range(2))
+    for layer in alone + together:
+        layer.shares_memory = False if bus else None
+        append(layer, 30)
+    for step in range(4):
+        start = alone[0].seen - 5
+        plans = [Plan(choose(start, n, 10 * step + i), choose(start, 0, 0), start) for i, n in enumerate(sizes)]
+        for layer, own in zip(alone, plans, strict=True):
+            layer.retain(*own)
+        for members in alike(dict(enumerate(together))).values():
+            retain_alike(list(members.values()), [plans[i] for i in members], 0)
+        for one, other in zip(alone, together, strict=True):
+            assert_contents_match_positions(other)
+            assert torch.equal(one.positions, other.positions)
+            assert (one.num_new, one.recall_bytes) == (other.num_new, other.recall_bytes)
+            append(one, 3), append(other, 3)
+    assert all(layer.num_new for layer in together)
+
+
+@pytest.mark.parametrize("residency", ["drop", "offload"])
+def test_a_tail_that_keeps_its_place_moves_with_the_buffer(residency):
+    layer = TieredLayer(64, 40, residency=residency)
+    append(layer, 20)
+    everything = torch.arange(15).expand(1, HEADS, -1)
+    for _ in range(2):  # into another buffer, then within it
+        layer.retain(everything, everything[..., :0], 15)
+        assert layer.num_slots == 20 and layer.k.shape[2] == 40
+        assert_contents_match_positions(layer)

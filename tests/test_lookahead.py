@@ -6,7 +6,7 @@ from test_batch import assert_independent
 from test_decode import begin, decode
 from test_draft_view import SIZE, exact_rounds, policy_of, viewed
 
-from specsmallkv import UserError
+from specsmallkv import UserError, matching
 from specsmallkv.controller import Controller, CostTable, measure
 from specsmallkv.decode import Decoder
 from specsmallkv.draft_view import is_viewed
@@ -91,6 +91,23 @@ def test_rows_of_drafting_steps_count_by_their_chances(target, draft, prompt):
         mean = (oracle.block.values[:, :3] * (chances / chances.sum())[:, None]).sum(dim=1)
     torch.testing.assert_close(oracle.recent_rows, mean)
     torch.testing.assert_close(saliency, oracle.saliency(mean[:, : sequence.target.seen], "max"))
+
+
+@pytest.mark.parametrize("at_once", [matching.AT_ONCE, 1])
+def test_predictions_that_were_kept_are_given_once_and_are_those_of_the_block(
+    target, draft, prompt, monkeypatch, at_once
+):
+    decoder, sequence, generator = begun(target, draft, prompt, "block")
+    monkeypatch.setattr(matching, "AT_ONCE", at_once)
+    oracle, seen = sequence.evidence.oracle, sequence.target.seen
+    with torch.inference_mode():
+        decoder.draft(sequence, generator)
+        oracle.lookahead_saliency(seen, True, "max", keep=True)
+        kept, anew = (torch.cat(list(oracle.mean_predictions())) for _ in range(2))
+        assert torch.equal(kept, anew)
+        oracle.lookahead_saliency(seen, True, "max", keep=True)  # and nobody asks
+        saliency = oracle.lookahead_saliency(seen, False, "max")
+        torch.testing.assert_close(saliency, oracle.saliency(oracle.recent_rows[:, :seen], "max"))
 
 
 def test_known_tokens_are_read_in_one_pass_and_all_their_rows_count(target, draft, prompt):
