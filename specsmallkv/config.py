@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash", "triton")
 LINEARS = ("auto", "torch", "packed")
+COMPILES = ("default", "reduce-overhead")
 SPECULATIONS = ("draft", "adaptive", "none")
 SMALLEST_VIEW = 16
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|tensor_parallel")
@@ -40,6 +41,7 @@ class ModelConfig:
     head_map: Optional[str] = None  # file of a saved head map; None: fitted on each prompt alone
     head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
     linear: str = "auto"  # who multiplies by weights: torch, or packed for CPUs without bfloat16 arithmetic
+    compile: Optional[str] = None  # torch.compile's mode for drafting steps and verify passes; None: eager
 
 
 @dataclass
@@ -96,6 +98,8 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield model.dtype in DTYPES, "model.dtype", model.dtype, f"use {', '.join(DTYPES)}"
     yield model.attention in ATTENTIONS, "model.attention", model.attention, f"use {', '.join(ATTENTIONS)}"
     yield model.linear in LINEARS, "model.linear", model.linear, f"use {', '.join(LINEARS)}"
+    known_mode = model.compile is None or model.compile in COMPILES
+    yield known_mode, "model.compile", model.compile, f"use null (off), {' or '.join(COMPILES)}"
     known_device = DEVICE.fullmatch(model.device) is not None
     yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda, cuda:N or tensor_parallel"
 
