@@ -98,7 +98,7 @@ def test_two_graphs_without_a_break_are_all_while_the_context_grows(pair, watche
 
 
 def test_models_of_other_sizes_and_later_ones_are_compiled_too():
-    for layers, heads in ((2, 2), (1, 6), (3, 8)):
+    for layers, heads in ((2, 2), (1, 6), (1, 8), (1, 10), (1, 12)):  # more graphs than torch keeps by itself
         backend, model = Watched(), tiny_model(layers=layers, heads=heads)
         expected = decoded(deepcopy(model), None, "full", 0, PROMPTS[:1])
         compile_pair(ModelPair(model, None, byte_tokenizer(), "", None), "default", backend)
@@ -109,7 +109,7 @@ def test_models_of_other_sizes_and_later_ones_are_compiled_too():
 def test_prefill_runs_as_it_is_and_short_passes_do_not(pair, watched):
     watched.widths.clear()
     decoded(pair.target, pair.draft, "full", 3, PROMPTS[:1])
-    assert {1, 4} <= set(watched.widths) and max(watched.widths) <= MAX_TOKENS
+    assert {1, 4} <= set(watched.widths) and max(watched.widths) <= MAX_TOKENS < len(PROMPTS[0])
     layers = len(pair.target.model.layers) + len(pair.draft.model.layers)
     assert len(watched.widths) >= layers * NEW // 4
 
@@ -127,6 +127,12 @@ def test_every_architecture_is_one_graph_around_attention(family):
     assert not torch._dynamo.utils.counters["graph_break"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert decoded(model, other, name, 2, PROMPTS[:1]) == expected
+
+
+def test_packed_passes_of_a_batch_are_compiled(pair, watched):
+    watched.widths.clear()
+    decoded(pair.target, pair.draft, "full", 3, PROMPTS)
+    assert 3 * 4 in watched.widths  # a verify pass of all rows
 
 
 def test_another_cache_is_left_to_transformers(target, pair, watched):
