@@ -25,7 +25,7 @@ from .backends import (
     causal_mask,
     weighted_values,
 )
-from .cache import LayerGroup, TieredLayer
+from .cache import Deferred, LayerGroup, TieredLayer
 from .draft_view import DraftView
 
 NAME = "specsmallkv"
@@ -287,6 +287,8 @@ def tiered_attention(
 
     attention_call: an AttentionCall, or a list of them for a `CacheGroup`, one per row.
     """
+    if isinstance(key, Deferred):
+        return torch.ops.specsmallkv.attend(query, key.k, key.v, scaling, softcap), None
     if not isinstance(key, TieredLayer | LayerGroup):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -49,6 +49,13 @@ class Arrived(NamedTuple):
     v: Tensor
 
 
+class Deferred(NamedTuple):
+    """K and V (1, H_kv, q, D) of a compiled layer, which are appended when attention is called (`compiled.py`)."""
+
+    k: Tensor
+    v: Tensor
+
+
 def slots_of(have: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Slots of `wanted` (B, H_kv, c) in the sorted `have` (B, H_kv, n), 0 where absent, and which are there."""
     if not have.shape[2]:

@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash", "triton")
 LINEARS = ("auto", "torch", "packed")
+COMPILES = ("default", "reduce-overhead")
 SPECULATIONS = ("draft", "adaptive", "none")
 SMALLEST_VIEW = 16
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?|tensor_parallel")
@@ -41,6 +42,7 @@ class ModelConfig:
     head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
     linear: str = "auto"  # who multiplies by weights: torch, or packed for CPUs without bfloat16 arithmetic
     draft_vocab_size: int = 0  # tokens that a draft with a full head proposes besides those in its context; 0: all
+    compile: Optional[str] = None  # torch.compile's mode for drafting steps and verify passes; None: eager
 
 
 @dataclass
@@ -99,6 +101,8 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield model.linear in LINEARS, "model.linear", model.linear, f"use {', '.join(LINEARS)}"
     size = model.draft_vocab_size
     yield size >= 0, "model.draft_vocab_size", size, "use 0 (all tokens) or a number of tokens, e.g. 32768"
+    known_mode = model.compile is None or model.compile in COMPILES
+    yield known_mode, "model.compile", model.compile, f"use null (off), {' or '.join(COMPILES)}"
     known_device = DEVICE.fullmatch(model.device) is not None
     yield known_device, "model.device", model.device, "use auto, cpu, mps, cuda, cuda:N or tensor_parallel"
 

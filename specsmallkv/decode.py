@@ -615,7 +615,7 @@ class Decoder:
         call: AttentionCall,
         num_logits: int = 1,
     ) -> Tensor:
-        """Float32 logits (num_logits, V) of the last positions; 0 leaves the output layer out: hidden states (q, d)."""
+        """Float32 logits (num_logits, V) of the last positions; 0: hidden states (q, d), no output layer."""
         assert model is not None and cache is not None
         ids = torch.tensor([tokens], device=model.device)
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_call": call}

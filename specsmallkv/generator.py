@@ -287,19 +287,21 @@ class SpecSmallKV:
         linear: str = "auto",
         draft_view_size: int = 512,
         draft_vocab_size: int = 0,
+        compile: str | None = None,
     ) -> "SpecSmallKV":
         """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy.
 
         head_map: a file that `task=calibrate` wrote for this pair; UserError if it belongs to other models, unless
         head_map_check is false. draft_view_size: tokens of its own long cache that the draft's steps read; 0: all.
         draft_vocab_size: tokens, the most frequent ones, that it may propose besides those of its context; 0: all.
+        compile: torch.compile's mode for drafting steps and verify passes, "default" or "reduce-overhead".
         """
         if isinstance(policy, str):
             policy = load_policy(policy, **({} if kv_budget is None else {"kv_budget": kv_budget}))
         elif kv_budget is not None:
             raise UserError(f"kv_budget={kv_budget} is given beside a policy object; set it on the policy.")
         needs_draft = bool(num_draft_tokens) or policy.reads_draft
-        options = dtype, device, attention, head_map, head_map_check, linear, draft_vocab_size
+        options = dtype, device, attention, head_map, head_map_check, linear, draft_vocab_size, compile
         config = ModelConfig(target, target, draft, *options)
         controller = Controller(view_size=draft_view_size)
         return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention, controller)

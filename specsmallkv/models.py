@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from . import random_model, tensor_parallel
+from .compiled import check_compile, compile_pair
 from .config import DTYPES, ModelConfig
 from .errors import UserError
 from .linear import Packed, PackedLinear, can_pack, choose_linear, pack_linears
@@ -41,7 +42,7 @@ class ModelPair:
     """Origins, as the record shows them: "safetensors", "dequantised GGUF", "random weights", "distilled draft".
 
     head_map: a saved one, if the configuration names it.
-    linear: who multiplies, "torch" or "packed" (`linear.py`).
+    linear: who multiplies, "torch" or "packed" (`linear.py`). compile: torch.compile's mode (`compiled.py`), if any.
     """
 
     target: PreTrainedModel
@@ -51,9 +52,11 @@ class ModelPair:
     draft_origin: str | None
     head_map: HeadMap | None = None
     linear: str = "torch"
+    compile: str | None = None
 
     def pack(self) -> None:
         """Replace the linear layers of both models; from then on they are for inference only."""
+        check_compile(self.compile, self.target.device, "packed")
         packed: Packed = {}
         for model in filter(None, (self.target, self.draft)):
             model.specsmallkv_fingerprint = fingerprint(model)  # while it has its weights
@@ -89,6 +92,7 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     linear = "torch" if split and config.linear == "auto" else choose_linear(config.linear, dtype, device)
     if split and linear == "packed":
         raise UserError("model.linear=packed packs whole layers; use model.linear=torch with a split target.")
+    check_compile(config.compile, device, linear)
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
     target, tokenizer, origin = load_target(
@@ -99,6 +103,7 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
         _add_draft(pair, config, dtype, quiet)
     if linear == "packed":
         pair.pack()
+    compile_pair(pair, config.compile)
     return pair
 
 

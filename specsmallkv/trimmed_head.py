@@ -1,9 +1,9 @@
 """A language-model head for some of the vocabulary: for small models the head is most of what a draft step costs.
 
 Tokens without a row get logit -inf, hence draft probability 0: they are never proposed, and the target may still emit
-them, so decoding stays lossless (speculation.py). A head cut down at load time keeps its other rows where no step reads
-them, and each sequence adds those of the tokens that it holds: what a frequency rank misses (FR-Spec, arXiv 2502.14856)
-is mostly names and numbers that the draft copies.
+them, so decoding stays lossless (speculation.py). A head cut down at load time keeps its other rows where no step
+reads them, and each sequence adds those of the tokens that it holds: what a frequency rank misses (FR-Spec, arXiv
+2502.14856) is mostly names and numbers that the draft copies.
 """
 
 import torch
@@ -82,8 +82,9 @@ class ContextTokens:
 def context_tokens(model: PreTrainedModel | None) -> ContextTokens | None:
     """For a new sequence; None where the model's head has all rows, or no others, or only shapes (`task=plan`)."""
     head = model.get_output_embeddings() if model is not None else None
-    known = isinstance(head, TrimmedHead) and head.full is not None and not head.full.is_meta
-    return ContextTokens(head) if known else None
+    if not isinstance(head, TrimmedHead) or head.full is None or head.full.is_meta:
+        return None
+    return ContextTokens(head)
 
 
 def context_logits(model: PreTrainedModel, hidden: Tensor, contexts: list[ContextTokens]) -> Tensor:

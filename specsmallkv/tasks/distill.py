@@ -88,7 +88,7 @@ class DistillTask:
         output.mkdir(parents=True, exist_ok=True)
         display = Display(config.quiet)
         with display.waiting("loading the model"):
-            pair = load_pair(replace(config.model, linear="torch"), need_draft=False, quiet=config.quiet)
+            pair = load_pair(replace(config.model, linear="torch", compile=None), need_draft=False, quiet=config.quiet)
         refuse_windows("task=distill", pair.target.config)
         texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
         settings = self._settings(config.seed, self._layers(pair, texts[0]))
