@@ -11,7 +11,7 @@ from typing import Any
 
 from specsmallkv.records import collect
 
-LEFT_OUT = {"kept_per_layer", "attention_recall_per_layer", "text", "token_ids", "groups"}
+LEFT_OUT = {"kept_per_layer", "attention_recall_per_layer", "text", "token_ids", "groups", "by_prompt"}
 LEFT_OUT |= {"examples_file", "answer_files", "output", "run_dir", "report", "trace"}
 DIRECTORY = re.compile(r"(?<![\w.:~/-])/(?:[^/\s,\[\]='\"]+/)+")  # of one machine: only what lies in it is told
 LONGEST_NAME = 80
