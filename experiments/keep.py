@@ -1,6 +1,8 @@
 """Copy the records of a run or sweep to experiments/records, without what is long or belongs to one machine.
 
-python experiments/keep.py outputs/kl-budget-smollm2-135m kl_budget
+python experiments/keep.py outputs/kl-budget-smollm2-135m kl_budget [KEY ...]
+
+Each KEY is left out as well, e.g. over_decoding, of a record from which no picture of it is drawn.
 """
 
 import json
@@ -33,7 +35,8 @@ def is_name(key: str, value: Any) -> bool:
     return key == "text" and isinstance(value, str) and "\n" not in value and len(value) < LONGEST_NAME
 
 
-def main(source: str, name: str) -> None:
+def main(source: str, name: str, *besides: str) -> None:
+    LEFT_OUT.update(besides)
     for path, record in collect(Path(source)).records.items():
         part = Path(path).parent.name or "record"
         target = HERE / "records" / name / f"{part}.json"
@@ -53,6 +56,6 @@ def compact(indented: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
     main(*sys.argv[1:])

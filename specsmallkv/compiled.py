@@ -1,4 +1,4 @@
-"""Decoder layers through torch.compile, for drafting steps and verify passes (`model.compile`).
+"""Decoder layers through torch.compile, for short passes: drafting steps, verify passes, windows (`model.compile`).
 
 A layer's norms, projections, RoPE and MLP become one graph, which all layers of a model share; a pass of one token has
 one graph and all wider ones have another. Attention and the cache are Python over lengths that grow. So the graph has
@@ -18,6 +18,7 @@ from .attention import AttentionCall, tiered_attention, use_tiered_attention
 from .attention_form import layer_windows
 from .cache import CacheGroup, Deferred, TieredCache
 from .errors import UserError
+from .memory import is_out_of_memory
 from .tensor_parallel import shard_of
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ SPLITS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torc
 class _Pass(threading.local):
     """What the layer that is running attends with: its attention module, the cache and an AttentionCall."""
 
-    attention: nn.Module
-    cache: TieredCache | CacheGroup
-    call: Any
+    attention: nn.Module | None = None
+    cache: TieredCache | CacheGroup | None = None
+    call: Any = None
 
 
 _running = _Pass()
@@ -44,6 +45,7 @@ _running = _Pass()
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
     """Append key and value (1, H_kv, q, D) to the running layer's cache; attention (1, q, H_q, D) of the query."""
     module = _running.attention
+    assert module is not None and _running.cache is not None, "called within a layer"
     layer, _ = _running.cache.update(key, value, module.layer_idx)
     options = {"scaling": scaling, "softcap": softcap, "attention_call": _running.call}
     return tiered_attention(module, query, layer, layer, None, **options)[0]
@@ -94,6 +96,8 @@ def compile_pair(pair: "ModelPair", mode: str | None, backend: str = "inductor")
         try:
             _run_once(model)
         except (RuntimeError, OSError, ImportError) as error:
+            if is_out_of_memory(error):
+                raise
             raise _cannot_compile(mode, model.device, error) from error
     pair.compile = mode
 
@@ -110,7 +114,8 @@ def _cannot_compile(mode: str, device: torch.device, error: Exception) -> UserEr
 
 def compile_layers(model: PreTrainedModel, mode: str, backend: str = "inductor") -> None:
     """Route the model's short passes over our caches through one compiled function; the first of them compiles."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, NUM_GRAPHS)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), NUM_GRAPHS))
     run = torch.compile(_call, dynamic=True, mode=mode, backend=backend)
     for index, layer in enumerate(model.base_model.layers):
         layer.forward = _short_passes(layer, run, begins=index == 0)
@@ -132,14 +137,17 @@ def _short_passes(layer: Any, run: Callable[..., Tensor], begins: bool) -> Calla
             torch.compiler.cudagraph_mark_step_begin()  # what graphs of the last pass gave is not read any more
         _running.attention, _running.cache = layer.self_attn, cache
         _running.call = options.pop("attention_call", None)
-        return run(layer, hidden_states, options | {"past_key_values": deferred, "attention_mask": None})
+        try:
+            return run(layer, hidden_states, options | {"past_key_values": deferred, "attention_mask": None})
+        finally:  # else the cache would outlive its sequence
+            _running.attention = _running.cache = _running.call = None
 
     return forward
 
 
 @torch.inference_mode()
 def _run_once(model: PreTrainedModel) -> None:
-    """A pass of each kind, so that nothing is compiled while a text is decoded."""
+    """A pass of each kind, so that nothing is compiled while a text is decoded (CUDA graphs come with each width)."""
     use_tiered_attention(model)
     for count in (1, 2):
         cache = TieredCache(model.config.num_hidden_layers, count, windows=layer_windows(model.config))

@@ -151,8 +151,8 @@ class Decoder:
         draft = full_cache(self.draft_model, limit + room) if self.draft_model else None
         evidence = Evidence(attention_scaling(self.target.config), self.budgeted, self._oracle(room, limit + room))
         evidence.mass = AttentionMass(limit + room) if self.policy.reads_mass else None
-        words = context_tokens(self.draft_model)
-        return Sequence(list(prompt), limit, target, draft, evidence, len(prompt), context_tokens=words)
+        context = context_tokens(self.draft_model)
+        return Sequence(list(prompt), limit, target, draft, evidence, len(prompt), context_tokens=context)
 
     def resume(self, sequence: Sequence, prompt: list[int], max_new_tokens: int) -> Sequence:
         """A sequence at rest, with room for a longer prompt that begins with its tokens; counters start anew."""
@@ -168,11 +168,7 @@ class Decoder:
         for layer in sequence.target.layers:
             layer.recall_bytes = 0
         sequence.tokens, sequence.last_row = sequence.tokens[: sequence.target.seen], None
-        sequence.limit, sequence.counters, sequence.context_tokens = (
-            limit,
-            Counters(),
-            context_tokens(self.draft_model),
-        )
+        sequence.limit, sequence.counters = limit, Counters()
         return sequence
 
     def branch(self, base: Sequence) -> Sequence:
@@ -256,18 +252,20 @@ class Decoder:
             return
         foreseen = sequence.evidence.foreseen
         if count not in foreseen:
-            foreseen[count] = self._foreseen_rows(draft, sequence.tokens[draft.seen - 1], count)
+            foreseen[count] = self._foreseen_rows(draft, sequence, count)
         oracle.add(foreseen[count], count)
 
-    def _foreseen_rows(self, draft: TieredCache, token: int, count: int) -> Tensor:
-        """Sum (M, N) of the draft's rows for `count` tokens from `token`, the last one it read, on."""
+    def _foreseen_rows(self, draft: TieredCache, sequence: Sequence, count: int) -> Tensor:
+        """Sum (M, N) of the draft's rows for `count` tokens from the last one it read on."""
         seen, rows = draft.seen, self.new_rows(1, draft.seen + count)
+        token, held = sequence.tokens[seen - 1], sequence.tokens[:seen]
         total = torch.zeros_like(rows.buffer[:, 0, :seen])
         draft.grow(seen + count)
         draft.rollback(1)
         for _ in range(count):
             rows.start(draft.seen, 1)
-            logits = self.forward(self.draft_model, draft, [token], AttentionCall(self.attention, rows=rows))[-1]
+            call = AttentionCall(self.attention, rows=rows)
+            logits = self.draft_step(draft, [token], call, sequence.context_tokens, held)
             total += rows.buffer[:, 0, :seen]
             (token,) = self.shard.first([int(logits.argmax())])
         draft.rollback(draft.seen - seen)
@@ -377,16 +375,16 @@ class Decoder:
         cache: TieredCache | None,
         pending: list[int],
         call: AttentionCall,
-        words: ContextTokens | None,
+        context: ContextTokens | None,
         held: list[int],
     ) -> Tensor:
-        """One pass of the draft: logits (V,) behind the last pending token; held: what `words` are to follow."""
-        if words is None:
+        """One pass of the draft: logits (V,) behind the last pending token; held: what `context` is to follow."""
+        if context is None:
             return self.forward(self.draft_model, cache, pending, call)[-1]
         assert self.draft_model is not None
         hidden = self.forward(self.draft_model, cache, pending, call, num_logits=0)[-1:]
-        words.follow(held)
-        return context_logits(self.draft_model, hidden, [words])[0]
+        context.follow(held)
+        return context_logits(self.draft_model, hidden, [context])[0]
 
     def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
         """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
@@ -395,14 +393,14 @@ class Decoder:
         """
         caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
         calls = [drafting.step_call(self, *pair) for pair in zip(sequences, map(len, tokens), strict=True)]
-        words = [sequence.context_tokens for sequence in sequences if sequence.context_tokens]
-        if logits == "none" or not words:
+        contexts = [sequence.context_tokens for sequence in sequences if sequence.context_tokens]
+        if logits == "none" or not contexts:
             return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
         assert self.draft_model is not None
         hidden = [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, "none")]
-        for own, sequence in zip(words, sequences, strict=True):
-            own.follow(sequence.tokens)
-        return list(context_logits(self.draft_model, torch.stack(hidden), words))
+        for context, sequence in zip(contexts, sequences, strict=True):
+            context.follow(sequence.tokens)
+        return list(context_logits(self.draft_model, torch.stack(hidden), contexts))
 
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
         """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""

@@ -1,7 +1,7 @@
 """Load a target and a draft that fit each other.
 
 Weights come from safetensors through transformers' own classes; no code from a checkpoint is ever run. Loaded
-models are in eval mode and frozen. Nothing here knows caches, attention or policies.
+models are in eval mode and frozen. Nothing here knows policies.
 """
 
 import hashlib
@@ -130,17 +130,22 @@ def _add_draft(pair: ModelPair, config: ModelConfig, dtype: torch.dtype, quiet: 
         _cut_vocabulary(pair, config)
 
 
+def refuse_cut(config: ModelConfig, trained_rows: int | None) -> None:
+    """UserError for a draft whose head has only so many rows by training."""
+    if config.draft_vocab_size and trained_rows is not None:
+        raise UserError(
+            f"model.draft_vocab_size={config.draft_vocab_size} cannot cut the head of {config.draft}, which has "
+            f"{trained_rows} tokens by training; leave it at 0."
+        )
+
+
 def _cut_vocabulary(pair: ModelPair, config: ModelConfig) -> None:
     """Of the draft's head, special tokens and those of the lowest ids remain; see `trimmed_head.py`."""
     draft, size = pair.draft, config.draft_vocab_size
     assert draft is not None
     head = draft.get_output_embeddings()
-    if isinstance(head, TrimmedHead):
-        raise UserError(
-            f"model.draft_vocab_size={size} cannot cut the head of {config.draft}, which has {len(head.weight)} of "
-            f"{head.vocab_size} tokens by training; leave it at 0."
-        )
-    special = pair.special_token_ids
+    refuse_cut(config, len(head.weight) if isinstance(head, TrimmedHead) else None)
+    special = pair.special_token_ids & set(live_vocabulary(pair.tokenizer).values())
     if size < len(special):
         raise UserError(f"model.draft_vocab_size={size} is below the {len(special)} special tokens; raise it.")
     if size < len(head.weight):

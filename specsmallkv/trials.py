@@ -219,8 +219,8 @@ class Base:
         tokens = [text[position]]
         for _ in range(count):
             step = AttentionCall(decoder.attention, view=view) if view else call
-            words, known = self.sequence.context_tokens, text[: position + 1]
-            probabilities = decoder.draft_step(cache, tokens[-1:], step, words, known).softmax(-1)
+            context, held = self.sequence.context_tokens, text[: position + 1]
+            probabilities = decoder.draft_step(cache, tokens[-1:], step, context, held).softmax(-1)
             tokens.append(int(probabilities.argmax()))
             if oracle is not None:
                 oracle.block.expect(float(probabilities.max()))

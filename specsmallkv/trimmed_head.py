@@ -25,6 +25,7 @@ class TrimmedHead(nn.Module):
     def __init__(self, full: nn.Parameter, token_ids: Tensor, keep_full: bool = False):
         super().__init__()
         self.full = full if keep_full else None
+        self.known_ids = frozenset(token_ids.tolist()) if keep_full and not token_ids.is_meta else frozenset()
         self.vocab_size = len(full)
         self.register_buffer(IDS_KEY, token_ids.to(full.device, torch.long), persistent=False)
         self.known = nn.Linear(
@@ -49,25 +50,29 @@ class ContextTokens:
     def __init__(self, head: TrimmedHead):
         assert head.full is not None, "the head keeps no other rows"
         self.head, self.full = head, head.full
-        self.known, self.count = set(head.head_token_ids.tolist()), 0
+        self.added, self.count, self.last = set[int](), 0, -1
         self.ids = head.head_token_ids[:0]
         self.rows = self._rows_of(self.ids)
 
     def follow(self, tokens: list[int]) -> None:
-        """`tokens` are what the sequence holds by now, those of the last call first; fewer: it went back."""
-        if len(tokens) < self.count:
-            self.known, self.count = set(self.head.head_token_ids.tolist()), 0
+        """`tokens` are what the sequence holds by now, those of the last call first unless it went back."""
+        if len(tokens) < self.count or (self.count and tokens[self.count - 1] != self.last):
+            self.added, self.count = set(), 0
             self.ids, self.rows = self.ids[:0], self.rows[:0]
-        new = [token for token in dict.fromkeys(tokens[self.count :]) if token not in self.known]
-        self.count = len(tokens)
+        new = [token for token in dict.fromkeys(tokens[self.count :]) if not self._knows(token)]
+        self.count, self.last = len(tokens), tokens[-1]
         if new:
-            self.known.update(new)
+            self.added.update(new)
             ids = torch.tensor(new, device=self.ids.device)
             self.ids, self.rows = torch.cat((self.ids, ids)), torch.cat((self.rows, self._rows_of(ids)))
 
     def complete(self, logits: Tensor, hidden: Tensor) -> None:
         """Write these tokens' logits among those (V,) of the trimmed head, for the same hidden state (d,)."""
-        logits[self.ids] = (self.rows @ hidden.to(self.rows.dtype)).to(logits.dtype)
+        own = self.rows @ hidden.to(self.rows.dtype)
+        logits[self.ids] = own.to(self.full.dtype).to(logits.dtype)  # rounded as the head's own are
+
+    def _knows(self, token: int) -> bool:
+        return token in self.head.known_ids or token in self.added
 
     def _rows_of(self, ids: Tensor) -> Tensor:
         rows = self.full[ids]
@@ -94,6 +99,16 @@ def context_logits(model: PreTrainedModel, hidden: Tensor, contexts: list[Contex
         context.complete(own, state)
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma2
     return logits if cap is None else torch.where(logits == -torch.inf, logits, cap * torch.tanh(logits / cap))
+
+
+def whole_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head that was cut, for those who know no context (transformers' own generation); None: none was."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, TrimmedHead) or head.full is None:
+        return None
+    whole = nn.Linear(head.full.shape[1], head.vocab_size, bias=False, device="meta")
+    whole.weight = head.full
+    return whole
 
 
 def trim_head(model: PreTrainedModel, token_ids: Tensor, keep_full: bool = False) -> None:

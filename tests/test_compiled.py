@@ -97,6 +97,11 @@ def test_two_graphs_without_a_break_are_all_while_the_context_grows(pair, watche
     assert watched.graphs == before == 2 and not breaks
 
 
+def test_no_cache_outlives_its_sequence_in_the_running_pass(pair):
+    decoded(pair.target, pair.draft, "specsmallkv", 3, PROMPTS[:1])
+    assert compiled._running.cache is compiled._running.call is compiled._running.attention is None
+
+
 def test_models_of_other_sizes_and_later_ones_are_compiled_too():
     for layers, heads in ((2, 2), (1, 6), (1, 8), (1, 10), (1, 12)):  # more graphs than torch keeps by itself
         backend, model = Watched(), tiny_model(layers=layers, heads=heads)

@@ -15,7 +15,7 @@ from specsmallkv import models, random_model, sources
 from specsmallkv.attention_form import layer_windows
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
-from specsmallkv.models import ModelPair, fingerprint, load_draft, load_pair, load_target
+from specsmallkv.models import ModelPair, fingerprint, load_draft, load_pair, load_target, refuse_cut
 from specsmallkv.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
 from specsmallkv.trimmed_head import IDS_KEY
 
@@ -543,3 +543,8 @@ def test_a_draft_vocabulary_keeps_special_and_frequent_tokens_and_the_fingerprin
 
 def test_a_draft_vocabulary_that_cannot_be_is_refused():
     assert "below the 3 special tokens" in sentence(load_pair, cut_config(DRAFT, 2), True)
+
+
+def test_a_draft_whose_head_was_trained_small_is_not_cut_again():
+    assert "has 16384 tokens by training" in sentence(refuse_cut, cut_config("package:drafts/x", 100), 16384)
+    refuse_cut(cut_config("package:drafts/x", 0), 16384)

@@ -192,6 +192,14 @@ def test_without_a_draft_the_static_policies_still_run(tmp_path):
     assert [row["policy"] for row in record["results"]] == ["snapkv", "full"]
 
 
+def test_a_draft_with_a_cut_vocabulary_is_no_baseline(tmp_path):
+    run = config(tmp_path)
+    run.model.draft_vocab_size = 100
+    with pytest.raises(UserError, match=r"task.baselines=draft .*model.draft_vocab_size"):
+        task(num_examples=1).run(run)
+    assert task(num_examples=1, baselines=["full"]).run(run)["results"]
+
+
 def test_ctrl_c_keeps_the_answers_there_are(tmp_path, monkeypatch):
     asked = []
 

@@ -100,6 +100,13 @@ def test_the_runs_own_system_stands_at_the_top(record):
     assert (record["policy"], record["kv_budget"], record["prompt_tokens"]) == ("specsmallkv", 0.3, CONTEXT)
 
 
+def test_assisted_generation_drafts_with_the_whole_vocabulary_where_ours_is_cut(tmp_path):
+    rows = run(tmp_path, "task.systems=[assisted,full+draft]", "model.draft_vocab_size=40", "task.repeats=1")
+    assert row(rows, "assisted")["acceptance_length"] >= NEW / 3  # all accepted, as with the draft that is the target
+    assert row(rows, "full+draft")["acceptance_rate"] < 1
+    assert row(rows, "full+draft")["token_ids"] == row(rows, "assisted")["token_ids"]
+
+
 def test_several_passages_are_measured_one_by_one_and_reported_as_medians(tmp_path):
     record = run(tmp_path, "task.systems=[full,snapkv]", "task.num_prompts=3", "task.repeats=1")
     assert record["num_prompts"] == len(record["by_prompt"]) == 3 and record["prompt_tokens"] == CONTEXT

@@ -11,7 +11,14 @@ from specsmallkv.linear import linear_layers
 from specsmallkv.presets import load_policy
 from specsmallkv.sampling import Sampler
 from specsmallkv.speculation import accept_sampled, match_vocabulary, propose
-from specsmallkv.trimmed_head import ContextTokens, context_logits, context_tokens, frequent_tokens, trim_head
+from specsmallkv.trimmed_head import (
+    ContextTokens,
+    context_logits,
+    context_tokens,
+    frequent_tokens,
+    trim_head,
+    whole_head,
+)
 
 IDS = torch.tensor([3, 5, 40, 41, 95])
 
@@ -138,5 +145,44 @@ def test_a_smaller_vocabulary_of_the_draft_changes_no_text(cut_pair):
     prompt, full = list(range(10, 70)), tiny_model(layers=1, heads=2, kv_heads=1, seed=1)
     policy = load_policy("full")
     texts = [list(Decoder(target, draft, policy, 3).generate(prompt, 24)) for draft in (full, cut_pair[1])]
+    ours, theirs = ([token for round_, _ in rounds for token in round_.tokens] for rounds in texts)
+    assert ours == theirs
+
+
+def test_a_sequence_of_the_same_length_with_another_end_is_another_one():
+    model = tiny_model()
+    trim_head(model, IDS, keep_full=True)
+    context = ContextTokens(model.lm_head)
+    context.follow([7, 50])
+    context.follow([7, 60, 9])
+    assert sorted(context.ids.tolist()) == [7, 9, 60]
+
+
+def test_the_whole_head_is_there_for_those_who_know_no_context():
+    full, cut, prompt = tiny_model(), tiny_model(), torch.arange(12)[None]
+    assert whole_head(cut) is None
+    trim_head(cut, IDS, keep_full=True)
+    cut.set_output_embeddings(whole_head(cut))
+    torch.testing.assert_close(cut(prompt).logits, full(prompt).logits)
+
+
+def rounds_of(pair, policy, k, seed=0, **options):
+    sampler = Sampler(temperature=1.0)
+    rounds = list(Decoder(*pair, policy, k, sampler).generate(list(range(10, 70)), 24, seed=seed, **options))
+    return [round_ for round_, _ in rounds]
+
+
+def test_a_sampled_row_of_a_batch_proposes_from_its_own_context(cut_pair):
+    policy = load_policy("snapkv", kv_budget=0.4, evict_block=16, window_size=8)
+    jobs = [Job(list(range(10, 70)), 24, seed=seed) for seed in (0, 1)]
+    together = {0: [], 1: []}
+    for row, round_ in BatchDecoder(Decoder(*cut_pair, policy, 3, Sampler(temperature=1.0)), 2).generate(jobs):
+        together[row.number].append(round_)
+    assert [together[0], together[1]] == [rounds_of(cut_pair, policy, 3, seed) for seed in (0, 1)]
+
+
+def test_a_set_of_each_query_is_exact_with_a_smaller_vocabulary(cut_pair):
+    policy = load_policy("specsmallkv", kv_budget=0.4, evict_block=16, window_size=8, selection="query")
+    texts = [list(Decoder(*cut_pair, policy, k).generate(list(range(10, 70)), 24)) for k in (0, 3)]
     ours, theirs = ([token for round_, _ in rounds for token in round_.tokens] for rounds in texts)
     assert ours == theirs

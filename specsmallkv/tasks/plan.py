@@ -20,7 +20,7 @@ from ..display import Display
 from ..draft_view import is_viewed, view_dtype
 from ..errors import UserError
 from ..linear import choose_linear
-from ..models import DRAFT_KEY, resolve_device, resolve_dtype
+from ..models import DRAFT_KEY, refuse_cut, resolve_device, resolve_dtype
 from ..placement import empty_model
 from ..policies import Policy
 from ..prefill import in_chunks, while_reading
@@ -239,10 +239,13 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
                 f"model {config.model.name} names no draft; set model.draft, or use policy=full speculation=none."
             )
         draft, head_rows, shares = on_meta(config.model.draft, config.quiet)
+        refuse_cut(config.model, head_rows)
+        cut = config.model.draft_vocab_size
+        cut = cut if cut < draft.config.vocab_size else 0
         if shares:
-            without_shared(draft, head_rows)
-        if 0 < config.model.draft_vocab_size < draft.config.vocab_size and head_rows is None:
-            trim_head(draft, torch.arange(config.model.draft_vocab_size), keep_full=True)
+            without_shared(draft, head_rows or cut or None)
+        elif cut:
+            trim_head(draft, torch.arange(cut), keep_full=True)
         draft_bytes = weight_bytes(draft, dtype, linear == "packed")
     for model in filter(None, (target, draft)):
         model.to(dtype)

@@ -23,6 +23,7 @@ from ..presets import load_policy
 from ..sampling import Sampler
 from ..sequence import Sequence
 from ..streaming import TextStream
+from ..trimmed_head import whole_head
 
 FULL, AUTOREGRESSIVE, DRAFT_ALONE = "full", "autoregressive", "draft"
 BASELINES = (FULL, AUTOREGRESSIVE, DRAFT_ALONE)
@@ -151,6 +152,11 @@ def make_systems(
     if AUTOREGRESSIVE in baselines:
         yield System(AUTOREGRESSIVE, 1.0, Decoder(spec.pair.target, None, full, 0, sampler, spec.attention))
     if DRAFT_ALONE in baselines and spec.pair.draft is not None:
+        if whole_head(spec.pair.draft) is not None:
+            raise UserError(
+                f"task.baselines={DRAFT_ALONE} needs the draft's whole vocabulary; leave model.draft_vocab_size at 0, "
+                "or this baseline out."
+            )
         yield System(DRAFT_ALONE, 1.0, Decoder(spec.pair.draft, None, full, 0, sampler, spec.attention))
 
 

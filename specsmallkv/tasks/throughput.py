@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from ..attention import AttentionMass
 from ..attention_form import refuse_windows
+from ..compiled import check_compile
 from ..config import RunConfig
 from ..controller import make_controller
 from ..decode import Decoder
@@ -27,6 +28,7 @@ from ..policies import Policy
 from ..presets import load_policy
 from ..prompts import read_requests, read_text
 from ..sequence import Round
+from ..trimmed_head import whole_head
 from .generate import setting_figures
 from .grid import neediest, policy_grid
 from .roofline import Machine, measure_machine, roofline
@@ -148,7 +150,9 @@ class ThroughputTask:
         speculates = any(name.endswith((SPECULATES, ADAPTS)) or name == "assisted" for name in self.systems)
         need_draft = speculates or any(policy.reads_draft for policy in policies.values())
         device = resolve_device(config.model.device)
-        dtype = str(resolve_dtype(config.model.dtype, device, config.model.linear)).removeprefix("torch.")
+        resolved = resolve_dtype(config.model.dtype, device, config.model.linear)
+        dtype = str(resolved).removeprefix("torch.")
+        check_compile(config.model.compile, device, choose_linear(config.model.linear, resolved, device))
         pair = load_pair(replace(config.model, linear="torch", dtype=dtype), need_draft, config.quiet)
         models = [model for model in (pair.target, pair.draft) if model is not None]
         originals: list[Slot] = []
@@ -156,6 +160,8 @@ class ThroughputTask:
             if any(name in (*STOCK, KVPRESS) for name in self.systems):
                 originals = [slot for model in models for slot in linear_layers(model)]
             pair.pack()
+        if pair.draft is not None and (whole := whole_head(pair.draft)):
+            originals.append((pair.draft, "lm_head", whole))
         num_draft_tokens = max(1, config.speculation.num_draft_tokens) if speculates else 0
         policy = neediest(list(policies.values()) or [load_policy("full")])
         return SpecSmallKV(pair, policy, num_draft_tokens, config.model.attention), originals
