@@ -103,7 +103,7 @@ def look_up(layers: list["TieredLayer"], wanted: list[Tensor], padded: bool) -> 
     slot, resident = slots_of(positions_of(layers), together)
     repeats = padded and together.shape[2]
     padding = F.pad(together.diff(dim=2) == 0, (1, 0)) if repeats else torch.zeros_like(resident)
-    num_new = (~(resident | padding)).view(len(layers), -1).sum(dim=1).tolist()
+    num_new = (~(resident | padding)).view(len(layers), -1).sum(dim=1).cpu().tolist()
     return [Found(*own) for own in zip(*(x.split(batch) for x in (slot, resident, padding)), num_new, strict=True)]
 
 
