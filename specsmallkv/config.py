@@ -42,7 +42,7 @@ class ModelConfig:
     head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
     linear: str = "auto"  # who multiplies by weights: torch, or packed for CPUs without bfloat16 arithmetic
     draft_vocab_size: int = 0  # tokens that a draft with a full head proposes besides those in its context; 0: all
-    compile: Optional[str] = None  # torch.compile's mode for drafting steps and verify passes; None: eager
+    compile: Optional[str] = None  # torch.compile's mode for short passes; None: eager
 
 
 @dataclass

@@ -383,8 +383,7 @@ class Decoder:
             return self.forward(self.draft_model, cache, pending, call)[-1]
         assert self.draft_model is not None
         hidden = self.forward(self.draft_model, cache, pending, call, num_logits=0)[-1:]
-        context.follow(held)
-        return context_logits(self.draft_model, hidden, [context])[0]
+        return context_logits(self.draft_model, hidden, [context], [held])[0]
 
     def draft_group(self, sequences: list[Sequence], tokens: list[list[int]], logits: str = "last") -> list[Tensor]:
         """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
@@ -398,9 +397,8 @@ class Decoder:
             return [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, logits)]
         assert self.draft_model is not None
         hidden = [own[-1] for own in self.forward_group(self.draft_model, caches, tokens, calls, "none")]
-        for context, sequence in zip(contexts, sequences, strict=True):
-            context.follow(sequence.tokens)
-        return list(context_logits(self.draft_model, torch.stack(hidden), contexts))
+        held = [sequence.tokens for sequence in sequences]
+        return list(context_logits(self.draft_model, torch.stack(hidden), contexts, held))
 
     def propose(self, sequence: Sequence, logits: Tensor, generator: torch.Generator) -> tuple[int, Tensor | None]:
         """The next draft from the draft's logits (V,), its distribution, and its chance noted for the oracle."""

@@ -293,8 +293,8 @@ class SpecSmallKV:
 
         head_map: a file that `task=calibrate` wrote for this pair; UserError if it belongs to other models, unless
         head_map_check is false. draft_view_size: tokens of its own long cache that the draft's steps read; 0: all.
-        draft_vocab_size: tokens, the most frequent ones, that it may propose besides those of its context; 0: all.
-        compile: torch.compile's mode for drafting steps and verify passes, "default" or "reduce-overhead".
+        draft_vocab_size: tokens, those of the lowest ids, that it may propose besides its context's; 0: all.
+        compile: torch.compile's mode for short passes, "default" or "reduce-overhead".
         """
         if isinstance(policy, str):
             policy = load_policy(policy, **({} if kv_budget is None else {"kv_budget": kv_budget}))

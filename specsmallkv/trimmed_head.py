@@ -92,10 +92,13 @@ def context_tokens(model: PreTrainedModel | None) -> ContextTokens | None:
     return ContextTokens(head)
 
 
-def context_logits(model: PreTrainedModel, hidden: Tensor, contexts: list[ContextTokens]) -> Tensor:
-    """Float32 logits (n, V) of hidden states (n, d), each of another sequence."""
+def context_logits(
+    model: PreTrainedModel, hidden: Tensor, contexts: list[ContextTokens], held: list[list[int]]
+) -> Tensor:
+    """Float32 logits (n, V) of hidden states (n, d), each of another sequence; held: the tokens of each by now."""
     logits = model.get_output_embeddings()(hidden.to(model.dtype)).float()
-    for own, state, context in zip(logits, hidden, contexts, strict=True):
+    for own, state, context, tokens in zip(logits, hidden, contexts, held, strict=True):
+        context.follow(tokens)
         context.complete(own, state)
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma2
     return logits if cap is None else torch.where(logits == -torch.inf, logits, cap * torch.tanh(logits / cap))

@@ -89,9 +89,8 @@ def test_tokens_of_the_context_have_the_full_heads_logits_too(architecture):
     trim_head(model, IDS, keep_full=True)
     context = context_tokens(model)
     context.follow([5, 7, 7, 50])
-    context.follow([5, 7, 7, 50, 9])
     hidden = model.base_model(prompt)[0][0, -1:].detach()
-    (logits,) = context_logits(model, hidden, [context])
+    (logits,) = context_logits(model, hidden, [context], [[5, 7, 7, 50, 9]])
     known = [*IDS.tolist(), 7, 50, 9]
     torch.testing.assert_close(logits[known], full[-1, known])
     assert logits[[i for i in range(len(logits)) if i not in known]].eq(-torch.inf).all()
@@ -166,10 +165,9 @@ def test_the_whole_head_is_there_for_those_who_know_no_context():
     torch.testing.assert_close(cut(prompt).logits, full(prompt).logits)
 
 
-def rounds_of(pair, policy, k, seed=0, **options):
-    sampler = Sampler(temperature=1.0)
-    rounds = list(Decoder(*pair, policy, k, sampler).generate(list(range(10, 70)), 24, seed=seed, **options))
-    return [round_ for round_, _ in rounds]
+def sampled_rounds(pair, policy, seed):
+    decoder = Decoder(*pair, policy, 3, Sampler(temperature=1.0))
+    return [round_ for round_, _ in decoder.generate(list(range(10, 70)), 24, seed=seed)]
 
 
 def test_a_sampled_row_of_a_batch_proposes_from_its_own_context(cut_pair):
@@ -178,7 +176,7 @@ def test_a_sampled_row_of_a_batch_proposes_from_its_own_context(cut_pair):
     together = {0: [], 1: []}
     for row, round_ in BatchDecoder(Decoder(*cut_pair, policy, 3, Sampler(temperature=1.0)), 2).generate(jobs):
         together[row.number].append(round_)
-    assert [together[0], together[1]] == [rounds_of(cut_pair, policy, 3, seed) for seed in (0, 1)]
+    assert [together[0], together[1]] == [sampled_rounds(cut_pair, policy, seed) for seed in (0, 1)]
 
 
 def test_a_set_of_each_query_is_exact_with_a_smaller_vocabulary(cut_pair):
