@@ -22,6 +22,7 @@ from .controller import Controller, Decision
 from .errors import UserError
 from .matching import HeadMap, Prior
 from .oracle import AttentionOracle
+from .own_attention import LastQueries
 from .policies import Evidence, Policy
 from .prefill import branch_within_budget, check_prefill, in_chunks, read_within_budget, summed_rows
 from .sampling import Sampler
@@ -451,11 +452,14 @@ class Decoder:
         return logits
 
     def verify_call(self, sequence: Sequence, num_tokens: int) -> AttentionCall:
-        return AttentionCall(self.attention, num_queries=num_tokens if sequence.evidence.mass else 0)
+        asked = self.policy.reads_last or sequence.evidence.mass is not None
+        return AttentionCall(self.attention, num_queries=num_tokens if asked else 0)
 
     def _verified(self, sequence: Sequence, call: AttentionCall) -> None:
         if sequence.evidence.mass:
             sequence.evidence.mass.pending = call.queries
+        if self.policy.reads_last:
+            sequence.evidence.last = LastQueries(call.queries, sequence.target.seen - call.num_queries)
         sequence.counters.see(sequence.target)
 
     def conclude(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .cache import Found, TieredLayer, look_up
 from .matching import marginal_weights
 from .oracle import AttentionOracle
+from .own_attention import blended
 from .policies import Evidence, Plan, Policy
 from .tail_term import BELIEVED_SIMILARITY, tail_terms
 
@@ -51,8 +52,13 @@ def saliency_ahead(policy: Policy, sequence: "Sequence", looked: Tensor | None) 
         return sequence.evidence.saliency
     if policy.selection == "query":
         return oracle.row_saliencies(sequence.evicted_at, policy.group_reduction)
+    evidence, reduction = sequence.evidence, policy.group_reduction
     keep = policy.tail_factor > 0  # for the tail terms
-    return oracle.lookahead_saliency(sequence.target.seen, policy.weigh_rows, policy.group_reduction, keep)
+    saliency = oracle.lookahead_saliency(sequence.target.seen, policy.weigh_rows, reduction, keep)
+    if evidence.last is None or not oracle.trusted:
+        return saliency
+    layers, share = sequence.target.layers, policy.own_share
+    return blended(saliency, evidence.last, layers, share, evidence.scaling, reduction)
 
 
 def retain(decoder: "Decoder", sequence: "Sequence", room: int = 0) -> None:

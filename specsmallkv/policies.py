@@ -19,6 +19,7 @@ from .cache import RESIDENCIES, Candidates, TieredLayer, slots_of
 from .errors import UserError
 from .matching import METHODS, REDUCTIONS
 from .oracle import LOOKAHEADS, AttentionOracle
+from .own_attention import LastQueries
 from .ranking import largest
 
 
@@ -32,6 +33,7 @@ class Evidence:
     mass: the target's accumulated attention, for policies that ask for it. budgeted: the target's layers that the
     budget is about; one with a sliding window is none of them.
     foreseen: by number of rows, the sum (M, N) of the draft's rows behind the prompt; all forks share it.
+    last: the target's queries of the last verify pass, for policies that ask for them.
     """
 
     scaling: float
@@ -42,6 +44,7 @@ class Evidence:
     saliency: Tensor | None = None
     mass: AttentionMass | None = None
     foreseen: dict[int, Tensor] = field(default_factory=dict)
+    last: LastQueries | None = None
 
     @property
     def num_layers(self) -> int:
@@ -62,7 +65,7 @@ class Evidence:
     def fork(self, reads_mass: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""
         mass = self.mass.clone() if self.mass and reads_mass else None
-        return replace(self, frozen={}, saliency=None, oracle=None, mass=mass)
+        return replace(self, frozen={}, saliency=None, oracle=None, mass=mass, last=None)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Policy(ABC):
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     compensation = "none"
+    own_share = 0.0  # part of the score that is the target's own attention
     prefill_chunk = 0  # tokens that the target reads between two evictions of its prompt: `prefill.py`
     num_foreseen_tokens = 0  # that the draft writes behind the prompt, so that its rows count before they come
 
@@ -152,6 +156,11 @@ class Policy(ABC):
     @property
     def reads_mass(self) -> bool:
         return self.uses_mass and self.evicts
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the queries of the last verify pass count for the next one."""
+        return self.every_round and self.own_share > 0 and self.selection == "block" and self.reads_draft
 
     def compensates(self, evidence: Evidence) -> bool:
         """Whether verify passes may add marginal values, by the draft's rows for their own queries."""
@@ -484,6 +493,7 @@ class Lookahead(DraftPolicy):
     weigh_rows: rows of the block count by the chance that the draft gives them (block only). lookahead: which of them
     are read, all ("block") or, under selection=block, those of drafting steps ("drafted") or the first one ("first").
     group_reduction: over the query heads that share keys, "max" or "mean".
+    own_share: part of the score that is the target's own attention in its last verify pass (block only).
     tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
     many evicted tokens, as a multiple of the kept, are pooled by the draft's weights (`tail_term.py`; block only).
     """
@@ -494,6 +504,7 @@ class Lookahead(DraftPolicy):
     weigh_rows: bool = True
     group_reduction: str = "max"
     lookahead: str = "block"
+    own_share: float = 0.0
     tail_factor: float = 0.5
     tail_pool: float = 2.0
     every_round = True
@@ -508,6 +519,8 @@ class Lookahead(DraftPolicy):
                 f"policy.lookahead={self.lookahead} leaves queries without a row, which policy.selection=query gives "
                 "a set each; use policy.lookahead=block."
             )
+        if not 0 <= self.own_share <= 1:
+            raise UserError(f"policy.own_share={self.own_share} is outside [0, 1]; give e.g. 0.3, or 0 (off).")
         for key in ("tail_factor", "tail_pool"):
             if getattr(self, key) < 0:
                 raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")

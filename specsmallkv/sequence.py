@@ -121,6 +121,7 @@ class Sequence:
     def held(self) -> dict[str, int]:
         """Bytes that lie in memory now, counted from the tensors; keys as in the record."""
         oracle, mass, view, row = self.evidence.oracle, self.evidence.mass, self.view, self.last_row
+        last = self.evidence.last
         steps = (view.nbytes if view else 0) + (row.nbytes if row and not oracle else 0)
         steps += self.context_tokens.nbytes if self.context_tokens else 0
         return {
@@ -132,6 +133,7 @@ class Sequence:
             "draft_kv_bytes": self.draft.held_nbytes if self.draft else 0,
             "scratch_bytes": (oracle.nbytes if oracle else 0)
             + (mass.nbytes if mass else 0)
+            + (last.nbytes if last else 0)
             + self.target.sent_nbytes
             + steps,
         }

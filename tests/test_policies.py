@@ -316,6 +316,7 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("snapkv", "window_size", 2.5),
         ("snapkv", "kv_budget", True),
         ("specsmallkv", "selection", "token"),
+        ("specsmallkv", "own_share", -0.1),
         ("streaming_llm", "num_sink_tokens", -1),
         ("pyramidkv", "beta", 0.5),
         ("h2o", "recent_share", 1.0),

@@ -1,0 +1,49 @@
+"""The target's own last attention, blended into what the draft predicts (after Dustin, arXiv 2606.24957).
+
+It knows the resident tokens only, and not the coming ones' queries. But what one verify block needed the next often
+needs too, so entries stay that the draft's rows alone would swap out and in again.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .backends import attention_probabilities
+from .cache import TieredLayer
+from .matching import over_groups
+
+
+@dataclass
+class LastQueries:
+    """What the last verify pass asked: per target layer its queries (1, H_q, q, D), the first at position `start`."""
+
+    queries: dict[int, Tensor]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.queries.values())
+
+    def saliency(self, index: int, layer: TieredLayer, scaling: float, reduction: str) -> Tensor | None:
+        """(H_kv, num_slots): mean over those that were not rolled back, of layer `index`; None if none is left."""
+        count = layer.seen - self.start
+        if count <= 0:
+            return None
+        queries = self.queries[index][:, :, :count]
+        rows = attention_probabilities(queries, layer.keys, scaling).mean(dim=2)
+        return over_groups(rows, layer.keys.shape[1], reduction)[0]
+
+
+def blended(
+    saliency: Tensor, last: LastQueries, layers: list[TieredLayer], share: float, scaling: float, reduction: str
+) -> Tensor:
+    """(1 - share) times the draft's `saliency` (L, H_kv, N) plus share times the target's own, 0 where none lies."""
+    mixed = saliency * (1 - share)
+    for index, layer in enumerate(layers):
+        if layer.window is not None:
+            continue
+        own = last.saliency(index, layer, scaling, reduction)
+        if own is None:
+            return saliency
+        mixed[index].scatter_add_(1, layer.positions[0].to(mixed.device), own.to(mixed.device) * share)
+    return mixed
