@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import run_task
 
 from specsmallkv import load_policy
 from specsmallkv.backends import attention_probabilities
@@ -75,3 +76,14 @@ def test_a_share_of_zero_keeps_no_queries_and_one_set_a_query_never_does(target,
             shapes = {tuple(x.shape[:2]) for x in sequence.evidence.last.queries.values()}
             assert shapes == {(1, target.config.num_attention_heads)}
             assert sequence.held()["scratch_bytes"] > sequence.evidence.last.nbytes > 0
+
+
+def test_the_queries_that_are_kept_count_as_scratch_planned_and_run(tmp_path):
+    tiny = ["+model=tiny-random", "policy.kv_budget=0.3", "max_new_tokens=40", "ignore_eos=true", "chat=false"]
+    text = "One two three, said the cat to the dog. " * 8
+    shares, scratch = ("policy.own_share=0", "policy.own_share=0.3"), {}
+    for task in ([f"prompt='{text}'"], ["task=plan", f"task.context_tokens={len(text)}"]):
+        runs = [run_task(*tiny, "quiet=true", share, *task, f"run_dir={tmp_path}") for share in shares]
+        scratch[task[0]] = runs[1]["scratch_bytes"] - runs[0]["scratch_bytes"]
+    ran, planned = scratch.values()
+    assert planned == 4 * ran > 0, "planned are those of a whole block, and the last pass had room for one query"
