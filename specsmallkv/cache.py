@@ -8,7 +8,7 @@ What lies where, for every batch row and KV head (heads are never repeated in st
 
 The kept region holds any subset of the older tokens, sorted by position; the tail is contiguous and ends at `seen`.
 Keys are stored after RoPE, so positions stay logical and eviction never rotates anything. This file moves memory;
-it does not know who decides what to keep (`policies.py`) nor how attention is computed (`attention.py`).
+it does not know who decides what to keep (`policies/`) nor how attention is computed (`attention.py`).
 A `CacheGroup` puts the caches of several sequences behind one forward pass, whose tokens are packed end to end.
 """
 

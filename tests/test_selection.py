@@ -12,7 +12,8 @@ from specsmallkv.config import CONFIG_DIR
 from specsmallkv.matching import HeadMap
 from specsmallkv.metrics import attention_recall, jaccard_of_top
 from specsmallkv.oracle import AttentionOracle
-from specsmallkv.policies import Evidence, union_of
+from specsmallkv.policies import Evidence
+from specsmallkv.policies.lookahead import union_of
 from specsmallkv.presets import build, load_policy
 
 H_Q, H_KV, DIM, SCALE = 6, 2, 8, 8**-0.5
