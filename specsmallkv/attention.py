@@ -7,7 +7,7 @@ asks a forward pass to record attention rows (draft), to keep its last queries o
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from .backends import (
     causal_mask,
     weighted_values,
 )
-from .cache import Deferred, LayerGroup, TieredLayer
+from .cache_group import LayerGroup
 from .draft_view import DraftView
+from .tiered_layer import TieredLayer
 
 NAME = "specsmallkv"
 
@@ -269,6 +270,17 @@ def attend_rows(
     calls = calls or [AttentionCall() for _ in group.rows]
     rows = zip(group.rows, query.split(group.counts, dim=2), calls, strict=True)
     return torch.cat([attend(layer, index, own, scaling, call) for layer, own, call in rows], dim=2)
+
+
+class Deferred(NamedTuple):
+    """K and V (1, H_kv, q, D) of a compiled layer, which are appended when attention is called (`compiled.py`)."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # kvpress, once imported, asks every key that attention is called with
+        return self.k.shape
 
 
 def tiered_attention(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import AttentionCall, tiered_attention, use_tiered_attention
+from .attention import AttentionCall, Deferred, tiered_attention, use_tiered_attention
 from .attention_form import layer_windows
-from .cache import CacheGroup, Deferred, TieredCache
+from .cache import TieredCache
+from .cache_group import CacheGroup
 from .errors import UserError
 from .memory import is_out_of_memory
 from .tensor_parallel import shard_of

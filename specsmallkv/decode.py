@@ -17,7 +17,8 @@ from . import drafting, planning
 from .attention import AttentionCall, AttentionMass, AttentionRows, use_tiered_attention
 from .attention_form import attention_scaling, layer_windows, refuse_windows
 from .backends import check_model, check_selection
-from .cache import CacheGroup, TieredCache
+from .cache import TieredCache
+from .cache_group import CacheGroup
 from .controller import Controller, Decision
 from .errors import UserError
 from .matching import HeadMap, Prior

@@ -10,8 +10,10 @@ sparse drafts of TriForce, arXiv 2404.11912, and MagicDec, arXiv 2408.11049). A 
 import torch
 from torch import Tensor
 
-from .cache import TieredCache, TieredLayer, select
+from .cache import TieredCache
 from .ranking import largest
+from .slots import select
+from .tiered_layer import TieredLayer
 
 # Cache over view, from which a view is used. Measured at 16 only, where opening it costs far less than it saves.
 PAYS_FROM = 8

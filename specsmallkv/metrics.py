@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import attention_probabilities
-from .cache import TieredLayer
+from .tiered_layer import TieredLayer
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .backends import attention_probabilities
-from .cache import TieredLayer
 from .matching import over_groups
+from .tiered_layer import TieredLayer
 
 
 @dataclass

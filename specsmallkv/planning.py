@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache import Found, TieredLayer, look_up
 from .matching import marginal_weights
 from .oracle import AttentionOracle
 from .own_attention import blended
 from .policies import Evidence, Plan, Policy
+from .slots import Found, look_up
 from .tail_term import BELIEVED_SIMILARITY, tail_terms
+from .tiered_layer import TieredLayer
 
 if TYPE_CHECKING:
     from .decode import Decoder

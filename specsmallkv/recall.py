@@ -13,8 +13,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from .cache import Arrived, TieredLayer, select, sent_over
 from .ranking import largest
+from .slots import Arrived, select, sent_over
+from .tiered_layer import TieredLayer
 
 AHEAD_SHARE = 0.5  # of the kept tokens, how many are sent ahead; .25 to .33 of a set are new each round
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache import TieredLayer, select
 from .ranking import largest
+from .slots import select
+from .tiered_layer import TieredLayer
 
 BELIEVED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds are not believed at all
 

@@ -8,9 +8,10 @@ from conftest import ARCHITECTURES, tiny_model
 
 from specsmallkv.attention import AttentionCall, AttentionMass, AttentionRows, attend, use_tiered_attention
 from specsmallkv.backends import BACKENDS, FOLD_LIMIT, attention_probabilities, choose_backend
-from specsmallkv.cache import TieredCache, TieredLayer
+from specsmallkv.cache import TieredCache
 from specsmallkv.errors import UserError
 from specsmallkv.matching import marginal_weights
+from specsmallkv.tiered_layer import TieredLayer
 
 H_Q, H_KV, DIM, SCALE = 6, 2, 8, 8**-0.5
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from specsmallkv.cache import TieredCache, TieredLayer
+from specsmallkv.cache import TieredCache
 from specsmallkv.planning import alike, retain_alike
 from specsmallkv.policies import Plan
+from specsmallkv.tiered_layer import TieredLayer
 
 HEADS, DIM = 2, 4
 

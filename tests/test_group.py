@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specsmallkv.attention import AttentionCall, AttentionRows
-from specsmallkv.cache import CacheGroup
+from specsmallkv.cache_group import CacheGroup
 from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy
 

@@ -6,9 +6,9 @@ from conftest import run_task
 
 from specsmallkv import load_policy
 from specsmallkv.backends import attention_probabilities
-from specsmallkv.cache import TieredLayer
 from specsmallkv.decode import Decoder
 from specsmallkv.own_attention import LastQueries, blended
+from specsmallkv.tiered_layer import TieredLayer
 
 HEADS, GROUP, DIM, SCALING = 2, 2, 8, 0.35
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from specsmallkv.attention import AttentionMass
-from specsmallkv.cache import TieredLayer
 from specsmallkv.errors import UserError
 from specsmallkv.policies import (
     H2O,
@@ -25,6 +24,7 @@ from specsmallkv.policies import (
     StreamingLLM,
 )
 from specsmallkv.presets import load_policy, names
+from specsmallkv.tiered_layer import TieredLayer
 
 POLICIES = {
     "full": FullCache,

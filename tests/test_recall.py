@@ -5,9 +5,9 @@ import torch
 from test_cache import DIM, HEADS, append, choose
 
 from specsmallkv import load_policy
-from specsmallkv.cache import TieredLayer
 from specsmallkv.decode import Decoder
 from specsmallkv.recall import AHEAD_SHARE, recall_ahead
+from specsmallkv.tiered_layer import TieredLayer
 
 ENTRY, NEW = 2 * DIM * 4, 40
 

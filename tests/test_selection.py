@@ -7,7 +7,6 @@ from omegaconf import OmegaConf
 
 from specsmallkv.attention import AttentionCall, AttentionRows, attend, visible
 from specsmallkv.backends import BACKENDS, attention_probabilities, reference_attention
-from specsmallkv.cache import TieredLayer
 from specsmallkv.config import CONFIG_DIR
 from specsmallkv.matching import HeadMap
 from specsmallkv.metrics import attention_recall, jaccard_of_top
@@ -15,6 +14,7 @@ from specsmallkv.oracle import AttentionOracle
 from specsmallkv.policies import Evidence
 from specsmallkv.policies.lookahead import union_of
 from specsmallkv.presets import build, load_policy
+from specsmallkv.tiered_layer import TieredLayer
 
 H_Q, H_KV, DIM, SCALE = 6, 2, 8, 8**-0.5
 N, TAIL, SIZE = 60, 6, 9  # tokens, of them in the tail, set of one query before the tail

@@ -5,8 +5,8 @@ import torch
 
 from specsmallkv.attention import AttentionCall, AttentionRows, attend
 from specsmallkv.backends import attention_probabilities, reference_attention
-from specsmallkv.cache import TieredLayer
 from specsmallkv.tail_term import tail_terms
+from specsmallkv.tiered_layer import TieredLayer
 
 H_Q, H_KV, DIM, N, SINKS, WINDOW, Q = 4, 2, 8, 60, 2, 5, 1
 

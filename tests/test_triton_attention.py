@@ -6,9 +6,10 @@ import torch
 from specsmallkv.attention import AttentionCall, attend, compensate
 from specsmallkv.attention_form import Scaling
 from specsmallkv.backends import BACKENDS, WITH_SINKS, attention_with_sinks, reference_attention
-from specsmallkv.cache import TieredLayer, select
 from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy
+from specsmallkv.slots import select
+from specsmallkv.tiered_layer import TieredLayer
 
 pytest.importorskip("triton")  # conftest.py has its interpreter run kernels where there is no GPU
 from specsmallkv import triton_attention

@@ -7,9 +7,9 @@ from conftest import run_task
 from specsmallkv import SpecSmallKV, UserError, random_model
 from specsmallkv.attention_form import Scaling, layer_windows
 from specsmallkv.backends import attention_probabilities, check_model
-from specsmallkv.cache import TieredLayer
 from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy
+from specsmallkv.tiered_layer import TieredLayer
 
 NEW, WINDOW = 40, 24
 SIZES = "hidden=32&heads=4&kv_heads=2&vocab=320&seed=3"

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import RESIDENCIES, Candidates, TieredLayer
 from ..errors import UserError
 from ..ranking import largest
+from ..tiered_layer import RESIDENCIES, Candidates, TieredLayer
 from .evidence import Evidence
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..cache import Candidates, TieredLayer, slots_of
 from ..errors import UserError
 from ..matching import METHODS
+from ..slots import slots_of
+from ..tiered_layer import Candidates, TieredLayer
 from .base import Plan, Policy
 from .evidence import Evidence
 from .static import SnapKV

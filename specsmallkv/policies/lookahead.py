@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..cache import TieredLayer
 from ..errors import UserError
 from ..matching import REDUCTIONS
 from ..oracle import LOOKAHEADS
 from ..ranking import largest
+from ..tiered_layer import TieredLayer
 from .base import Plan
 from .draft import DraftPolicy
 from .evidence import Evidence

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import attention_probabilities
-from ..cache import Candidates, TieredLayer
 from ..errors import UserError
+from ..tiered_layer import Candidates, TieredLayer
 from .base import Policy
 from .evidence import Evidence
 

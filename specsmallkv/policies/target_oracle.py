@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cache import Candidates, TieredLayer
 from ..errors import UserError
+from ..tiered_layer import Candidates, TieredLayer
 from .base import Policy
 from .evidence import Evidence
 

@@ -1,0 +1,352 @@
+"""One attention layer of the tiered KV cache (paper: critical, marginal and evicted tokens).
+
+What lies where, for every batch row and KV head (heads are never repeated in storage):
+
+    device buffer   [ kept: critical K and V, older tokens | tail: recent window, pending tokens, verify block ]
+    marginal        V only, positions beside it
+    host store      K and V of every token older than the tail (residency "offload" only)
+
+The kept region holds any subset of the older tokens, sorted by position; the tail is contiguous and ends at `seen`.
+Keys are stored after RoPE, so positions stay logical and eviction never rotates anything. This file moves memory;
+it does not know who decides what to keep (`policies/`) nor how attention is computed (`attention.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .slots import Arrived, Found, enlarged, look_up, positions_of, select, select_both, sent_over, slots_of
+
+RESIDENCIES = ("drop", "offload")
+
+
+@dataclass
+class Candidates:
+    """Tokens older than the coming tail, among which a policy chooses.
+
+    positions: (B, H_kv, n) logical positions; the first `num_with_keys` still have K and V, the rest only V.
+    """
+
+    positions: Tensor
+    num_with_keys: int
+
+
+def num_queries(query: Any) -> int:
+    """Of `get_mask_sizes`: transformers hands over a count or, in its older versions, positions."""
+    return query if isinstance(query, int) else query.shape[0]
+
+
+class TieredLayer(CacheLayerMixin):
+    """One layer's KV cache.
+
+    capacity: tokens the buffer holds until the first `retain` (prompt, new tokens and one verify block).
+    resident_capacity: slots of the buffer that replaces it then; None keeps the first one for good.
+    residency: "drop" frees what is not kept; "offload" keeps all of it in a host store of `capacity` tokens.
+    host: device of that store.
+    window: of a sliding-window layer, whose queries see so many tokens, themselves included. It stays exact, outside
+    of every budget: nothing is kept but the tail, which `slide` shortens to what a window can still reach.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        capacity: int,
+        resident_capacity: int | None = None,
+        residency: str = "drop",
+        host: str = "cpu",
+        window: int | None = None,
+    ):
+        super().__init__()
+        self.window = window
+        assert residency in RESIDENCIES, f"residency is {residency!r}, expected one of {RESIDENCIES}"
+        self.capacity, self.resident_capacity = capacity, resident_capacity
+        self.residency, self.host = residency, host
+        self.first_capacity: int | None = None  # of the buffer before the first `retain`, if it is evicted while read
+        self.shares_memory: bool | None = None  # host and device are one memory; None until the first flush
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.is_initialized = False
+        self.k = self.v = torch.empty(0, 0, 0, 0)  # (B, H_kv, slots, D)
+        self.store_k = self.store_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, capacity, D)
+        self.seen = 0  # logical length, the verify block included
+        self.tail_start = 0  # logical position of the first tail token
+        self.kept_positions = torch.empty(0, 0, 0, dtype=torch.long)  # (B, H_kv, num_kept), sorted
+        self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
+        self.marginal_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_marginal, D)
+        self.older_value_sum = torch.empty(0, 0, 0)  # (B, H_kv, D) float32: sum of V over the host store
+        self.tail_term: Any = None  # a tail_term.TailTerm, set with each set
+        self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
+        self.row_mask: Tensor | None = None  # (B, H_kv, q, num_kept) bool: what each verify query reads; None: all
+        self.sent: Callable[[], Arrived] | None = None  # what is under way from the host store (`recall.py`)
+        self.sent_nbytes = 0  # scratch that the last shipment took
+        self.recall_bytes = 0  # moved from the host store since the reset
+        self.num_new = 0  # entries of the last retain that were not resident before, over all heads
+
+    # --- what transformers calls -------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, dim = key_states.shape
+        slots = self.first_capacity or self.capacity
+        self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (key_states, value_states))
+        self.kept_positions = self.marginal_positions = torch.empty(
+            batch, heads, 0, dtype=torch.long, device=key_states.device
+        )
+        self.marginal_v = value_states.new_empty(batch, heads, 0, dim)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append to the tail; returns this layer twice, as the opaque handle that the attention function unpacks."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.num_slots, self.num_slots + key_states.shape[2]
+        assert end <= self.k.shape[2], f"{end} slots needed, {self.k.shape[2]} allocated"
+        self.k[:, :, start:end], self.v[:, :, start:end] = key_states, value_states
+        self.seen += key_states.shape[2]
+        return self, self
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.seen  # logical: transformers derives positions from it
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        return self.num_slots + num_queries(query), 0
+
+    def get_max_length(self, *args: Any) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    def crop(self, n: int) -> None:
+        """transformers' name for rollback: n < 0 drops -n tokens, n > 0 cuts to n tokens, 0 does nothing."""
+        self.rollback(-n if n <= 0 else max(self.seen - n, 0))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.k.shape[:2], self.num_slots, self.k.shape[3]))
+
+    # --- contents ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_kept(self) -> int:
+        return self.kept_positions.shape[2]
+
+    @property
+    def num_marginal(self) -> int:
+        return self.marginal_positions.shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the device buffer in use: kept and tail."""
+        return self.num_kept + self.seen - self.tail_start
+
+    @property
+    def keys(self) -> Tensor:
+        return self.k[:, :, : self.num_slots]
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        pass  # the base class assigns None
+
+    @property
+    def values(self) -> Tensor:
+        return self.v[:, :, : self.num_slots]
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        pass
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, H_kv, num_slots) logical position of every slot, ascending."""
+        return positions_of([self])
+
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """K and V of all `seen` tokens (B, H_kv, seen, D), from the host store where they are not in the tail."""
+        if not self.store_k.numel():
+            return self.keys, self.values
+        tail = slice(self.num_kept, self.num_slots)
+        older_k, older_v = (x[:, :, : self.tail_start].to(self.k.device) for x in (self.store_k, self.store_v))
+        return torch.cat((older_k, self.k[:, :, tail]), dim=2), torch.cat((older_v, self.v[:, :, tail]), dim=2)
+
+    # --- one round ---------------------------------------------------------------------------------------------
+
+    def rollback(self, n: int) -> None:
+        """Drop the last n tokens, all of them still in the tail."""
+        assert 0 <= n <= self.seen - self.tail_start, f"cannot roll back {n} of {self.seen - self.tail_start}"
+        self.seen -= n
+
+    def narrow(self, count: int) -> None:
+        """Only the first `count` queries of the verify block that was planned will be read."""
+        if self.marginal_weights is not None:
+            self.marginal_weights = self.marginal_weights[:, :, :count]
+        if self.row_mask is not None:
+            self.row_mask = self.row_mask[:, :, :count]
+
+    def candidates(self, tail_start: int) -> Candidates:
+        """What may be kept of the tokens before `tail_start`: with a host store all, else what is still here."""
+        device = self.kept_positions.device
+        if self.residency == "offload":
+            everything = torch.arange(tail_start, device=device)
+            return Candidates(everything.expand(*self.kept_positions.shape[:2], -1), tail_start)
+        with_keys = self.positions[:, :, : self.num_kept + tail_start - self.tail_start]
+        return Candidates(torch.cat((with_keys, self.marginal_positions), dim=2), with_keys.shape[2])
+
+    def retain(
+        self,
+        critical: Tensor,
+        marginal: Tensor,
+        tail_start: int,
+        row_mask: Tensor | None = None,
+        room: int = 0,
+        found: Found | None = None,
+    ) -> None:
+        """Make these candidates the resident set: evict the others and, from a host store, recall what is missing.
+
+        critical (B, H_kv, c), marginal (B, H_kv, m): indices into `candidates(tail_start)`, both sorted by position;
+        tokens from `tail_start` on become the tail. row_mask (B, H_kv, q, c): which of the critical tokens each of the
+        q queries of the coming verify pass reads; only with it may a head repeat its first index, as padding.
+        room: tokens that will be appended before the next call. found: what `look_up` says of the critical tokens.
+        """
+        kept, buffer = critical.shape[2], self.k
+        tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
+        tail_k, tail_v = self.k[:, :, tail], self.v[:, :, tail]
+        if kept != tail.start:  # else they stay where they are
+            tail_k, tail_v = tail_k.clone(), tail_v.clone()
+        if self.residency == "offload":  # candidates are all positions: an index is a position
+            positions = critical, marginal
+            self._flush(tail_start)
+            kept_k, kept_v = self._recall(critical, found or look_up([self], [critical], row_mask is not None)[0])
+            marginal_v = select(self.store_v, marginal).to(self.v.device)
+        else:
+            candidates = self.candidates(tail_start).positions
+            positions = candidates.gather(2, critical), candidates.gather(2, marginal)
+            kept_k, kept_v = select_both((self.k, self.v), critical)
+            marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
+        length = kept + tail_k.shape[2]
+        self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
+        self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
+        if kept != tail.start or self.k is not buffer:
+            self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
+        (self.kept_positions, self.marginal_positions), self.tail_start = positions, tail_start
+        self.marginal_v = marginal_v
+        self.marginal_weights = self.tail_term = None
+        self.row_mask = row_mask
+
+    def slide(self, room: int) -> None:
+        """Drop the tokens that no window reaches any more, once they are `room` or more; `room` more may come."""
+        assert self.window is not None
+        start = self.seen - self.window + 1  # what the next token's window begins with
+        if start - self.tail_start >= room:
+            nothing = self.kept_positions
+            self.retain(nothing, nothing, start, room=room)
+
+    def _flush(self, tail_start: int) -> None:
+        """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
+        if not self.store_k.numel():
+            moved = (x.to(self.host) for x in (self.k, self.v))
+            self.store_k, self.store_v = (enlarged(x, self.capacity, self.num_slots) for x in moved)
+            self.older_value_sum = self.v[:, :, :tail_start].float().sum(dim=2)
+            if self.shares_memory is None:
+                self.shares_memory = self.store_k.device == self.k.device
+            return
+        if tail_start == self.tail_start:
+            return
+        old, new = self.num_kept, self.num_kept + tail_start - self.tail_start
+        self.store_k[:, :, self.tail_start : tail_start] = self.k[:, :, old:new].to(self.host)
+        self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
+        self.older_value_sum += self.v[:, :, old:new].float().sum(dim=2)
+
+    def send(self, positions: Tensor, arrive: Callable[[], Arrived]) -> None:
+        """Entries (B, H_kv, m) of the host store are under way to the device; the next `retain` takes them in."""
+        self.sent, self.sent_nbytes = arrive, positions.numel() * self.entry_bytes
+        self.recall_bytes += self.sent_nbytes
+
+    def _recall(self, wanted: Tensor, found: Found) -> tuple[Tensor, ...]:
+        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves."""
+        slot, resident, padding, self.num_new = found
+        if self.shares_memory:
+            self.recall_bytes += self.num_new * self.entry_bytes
+            return select_both((self.store_k, self.store_v), wanted)
+        arrived = self.sent() if self.sent else Arrived(wanted[:, :, :0], self.k[:, :, :0], self.v[:, :, :0])
+        self.sent = None
+        place, ahead = slots_of(arrived.positions, wanted)
+        ahead &= ~resident
+        late = self.num_new - (int((ahead & ~padding).sum()) if arrived.k.shape[2] else 0)
+        self.recall_bytes += late * self.entry_bytes
+        missing = (~(resident | ahead)).flatten().nonzero().squeeze(1)
+        k = self._fill(self.k, self.store_k, slot, wanted, missing)
+        v = self._fill(self.v, self.store_v, slot, wanted, missing)
+        if arrived.k.shape[2]:
+            use = ahead.unsqueeze(-1)
+            k, v = torch.where(use, select(arrived.k, place), k), torch.where(use, select(arrived.v, place), v)
+        return k, v
+
+    def _fill(self, buffer: Tensor, store: Tensor, slot: Tensor, wanted: Tensor, missing: Tensor) -> Tensor:
+        filled = select(buffer, slot)
+        head = torch.arange(wanted.shape[0] * wanted.shape[1], device=wanted.device).view(*wanted.shape[:2], 1)
+        source = (wanted + head * store.shape[2]).flatten()[missing].to(store.device)
+        rows = store.reshape(-1, store.shape[3]).index_select(0, source)
+        filled.view(-1, store.shape[3])[missing] = sent_over(rows, buffer.device)
+        return filled
+
+    def _shrink(self, needed: int) -> None:
+        """Replace the prompt-sized buffer, freed or handed over to the host store, by the resident one.
+
+        The union of several queries' sets, or a layer without marginal tokens, may need more slots than planned for;
+        the buffer then follows.
+        """
+        slots = max(self.resident_capacity or self.capacity, needed)
+        if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():
+            batch, heads, _, dim = self.k.shape
+            self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (self.k, self.v))
+
+    def grow(self, capacity: int, resident_capacity: int | None = None) -> None:
+        """Room for `capacity` tokens, `resident_capacity` of them resident; contents stay, nothing ever shrinks."""
+        shrunk = self.k.shape[2] < self.capacity
+        self.capacity = max(self.capacity, capacity)
+        if self.resident_capacity is not None:
+            self.resident_capacity = max(self.resident_capacity, resident_capacity or 0)
+        if not self.is_initialized:
+            return
+        slots = self.resident_capacity if shrunk and self.resident_capacity else self.capacity
+        self.k, self.v = (enlarged(x, slots, self.num_slots) for x in (self.k, self.v))
+        if self.store_k.numel():
+            self.store_k, self.store_v = (
+                enlarged(x, self.capacity, self.tail_start) for x in (self.store_k, self.store_v)
+            )
+
+    # --- bytes, counted from the tensors ------------------------------------------------------------------------
+
+    @property
+    def entry_bytes(self) -> int:
+        """K and V of one token in one head."""
+        return 2 * self.k.shape[3] * self.k.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V in use on the device."""
+        return self.keys.nbytes + self.values.nbytes + self.marginal_v.nbytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + self.marginal_v.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in use in the host store: every token older than the tail."""
+        if not self.store_k.numel():
+            return 0
+        return 2 * self.store_k[:, :, : self.tail_start].nbytes
+
+    @property
+    def full_nbytes(self) -> int:
+        """What a full cache of the same logical length holds."""
+        return self.k.shape[0] * self.k.shape[1] * self.seen * self.entry_bytes
