@@ -1,17 +1,21 @@
 """What a drafting step reads: the draft's whole cache or a view of it, with or without its rows for the oracle.
 
 A round's drafting is `begin`, then for each step `step_call` and behind the first one `view_rest`; where `lacks_rows`
-says so, one more pass over `unread`. `decode.py` and `batch.py` run the steps.
+says so, one more pass over `unread`. `decode.py` and `batch.py` run the steps. A draft that waited has `catch_up`.
 """
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .attention import AttentionCall, AttentionRows
 from .draft_view import DraftView, is_viewed
 from .oracle import AttentionOracle
+from .passes import PREFILL_CHUNK
+from .prefill import summed_rows
 from .recall import recall_ahead
+from .trimmed_head import context_logits
 
 if TYPE_CHECKING:
     from .decode import Decoder
@@ -53,6 +57,24 @@ def step_call(decoder: "Decoder", sequence: "Sequence", num_tokens: int) -> Atte
     if oracle is not None and draft.seen >= sequence.target.seen + oracle.num_rows:
         return AttentionCall(decoder.attention)
     return AttentionCall(decoder.attention, rows=oracle.block if oracle else sequence.watched_row)
+
+
+def step_group(
+    decoder: "Decoder", sequences: list["Sequence"], tokens: list[list[int]], logits: str = "last"
+) -> list[Tensor]:
+    """One pass of the draft over what each of several sequences has pending: logits (V,) behind the last token.
+
+    logits: "none" where the rows alone are wanted.
+    """
+    caches = [sequence.draft for sequence in sequences if sequence.draft is not None]
+    calls = [step_call(decoder, *pair) for pair in zip(sequences, map(len, tokens), strict=True)]
+    contexts = [sequence.context_tokens for sequence in sequences if sequence.context_tokens]
+    if logits == "none" or not contexts:
+        return [own[-1] for own in decoder.forward_group(decoder.draft_model, caches, tokens, calls, logits)]
+    assert decoder.draft_model is not None
+    hidden = [own[-1] for own in decoder.forward_group(decoder.draft_model, caches, tokens, calls, "none")]
+    held = [sequence.tokens for sequence in sequences]
+    return list(context_logits(decoder.draft_model, torch.stack(hidden), contexts, held))
 
 
 def lacks_rows(sequence: "Sequence", count: int) -> bool:
@@ -112,3 +134,16 @@ def _last_row(decoder: "Decoder", sequence: "Sequence") -> AttentionRows:
     oracle = sequence.evidence.oracle
     assert sequence.draft is not None
     return oracle.block if oracle else decoder.new_rows(1, sequence.draft.layers[0].capacity)
+
+
+def catch_up(decoder: "Decoder", sequence: "Sequence") -> None:
+    """The draft reads, in one pass, the committed tokens it waited with; their rows count as accepted ones."""
+    draft, oracle = sequence.draft, sequence.evidence.oracle
+    if draft is None or oracle is None or decoder.policy.every_round:
+        return
+    missed = sequence.tokens[draft.seen : sequence.target.seen]
+    for start in range(0, len(missed), PREFILL_CHUNK):
+        chunk = missed[start : start + PREFILL_CHUNK]
+        sequence.counters.catch_ups += 1
+        sequence.counters.see_draft(draft.held_nbytes, len(chunk))
+        oracle.add(summed_rows(decoder, draft, chunk), len(chunk))

@@ -10,32 +10,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .attention import AttentionCall, AttentionRows
 from .matching import marginal_weights
 from .oracle import AttentionOracle
 from .own_attention import blended
 from .policies import Evidence, Plan, Policy
+from .sequence import Sequence, next_tokens
 from .slots import Found, look_up
 from .tail_term import BELIEVED_SIMILARITY, tail_terms
 from .tiered_layer import TieredLayer
 
 if TYPE_CHECKING:
     from .decode import Decoder
-    from .sequence import Sequence
 
 
-def plan(decoder: "Decoder", sequence: "Sequence", drafts: list[int], looked: Tensor | None = None) -> None:
+def plan(decoder: "Decoder", sequence: Sequence, drafts: list[int], looked: Tensor | None = None) -> None:
     """Lookahead policies choose (and recall) the set for this verify block; marginal weights are set for all.
 
     In a round in which the oracle does not read all stays as it is.
 
-    looked: what `Decoder.look` gives, if somebody looked already.
+    looked: what `look` gives, if somebody looked already.
     """
     policy, oracle = decoder.policy, sequence.evidence.oracle
     if sequence.decision is not None and not sequence.decision.reads:
         return  # the last set stays, with its tail terms
     if policy.every_round and policy.due(sequence.evicted_at):
         if policy.reads_target and looked is None:
-            looked = decoder.look([sequence], [drafts])[0]
+            looked = look(decoder, [sequence], [drafts])[0]
         sequence.evidence.saliency = saliency_ahead(policy, sequence, looked)
         retain(decoder, sequence)
         if policy.tail_factor and oracle is not None and policy.selection == "block":
@@ -44,7 +45,23 @@ def plan(decoder: "Decoder", sequence: "Sequence", drafts: list[int], looked: Te
         _set_marginal_weights(policy, sequence, oracle)
 
 
-def saliency_ahead(policy: Policy, sequence: "Sequence", looked: Tensor | None) -> Tensor | None:
+def look(decoder: "Decoder", sequences: list[Sequence], drafts: list[list[int]]) -> list[Tensor]:
+    """The target's true attention of the coming blocks, from every key: saliency (L, H_kv, N). Analysis only."""
+    blocks, config = next_tokens(sequences, drafts), decoder.target.config
+    num_layers, num_heads, size = config.num_hidden_layers, config.num_attention_heads, len(blocks[0])
+    seen = [sequence.target.seen for sequence in sequences]
+    rows = [AttentionRows(num_layers, num_heads, size, start + size, decoder.device) for start in seen]
+    for own, start in zip(rows, seen, strict=True):
+        own.start(start, size)
+    calls = [AttentionCall(decoder.attention, rows=own, everything=True) for own in rows]
+    decoder.forward_group(decoder.target, [sequence.target for sequence in sequences], blocks, calls, logits="none")
+    for sequence in sequences:
+        sequence.target.rollback(size)
+    means = [own.values.mean(1) for own in rows]
+    return [x.view(num_layers, config.num_key_value_heads, -1, x.shape[1]).mean(2) for x in means]
+
+
+def saliency_ahead(policy: Policy, sequence: Sequence, looked: Tensor | None) -> Tensor | None:
     """Of the coming verify block, as `Evidence.saliency`: by the target's attention if it looked, else the draft's."""
     oracle = sequence.evidence.oracle
     if looked is not None:
@@ -62,7 +79,7 @@ def saliency_ahead(policy: Policy, sequence: "Sequence", looked: Tensor | None) 
     return blended(saliency, evidence.last, layers, share, evidence.scaling, reduction)
 
 
-def retain(decoder: "Decoder", sequence: "Sequence", room: int = 0) -> None:
+def retain(decoder: "Decoder", sequence: Sequence, room: int = 0) -> None:
     """Plan every layer and make the plans so. room: as `TieredLayer.retain`'s; 0: what one verify block needs."""
     policy, layers = decoder.policy, dict(enumerate(sequence.target.layers))
     budgeted = {index: layer for index, layer in layers.items() if layer.window is None}
@@ -105,7 +122,7 @@ def evidence_on(device: torch.device, evidence: Evidence) -> Evidence:
     return replace(evidence, saliency=evidence.saliency.to(device))
 
 
-def _set_tail_terms(policy: Policy, sequence: "Sequence", oracle: AttentionOracle) -> None:
+def _set_tail_terms(policy: Policy, sequence: Sequence, oracle: AttentionOracle) -> None:
     """Of the layers with a head that is believed; `retain` left the others without a term."""
     believed, saliency, first = oracle.believed_heads(BELIEVED_SIMILARITY), sequence.evidence.saliency, 0
     assert saliency is not None, "planned before"
@@ -129,7 +146,7 @@ def _of(values: Tensor, layers: list[int]) -> Tensor:
     return values if len(layers) == len(values) else values[layers]
 
 
-def _set_marginal_weights(policy: Policy, sequence: "Sequence", oracle: AttentionOracle) -> None:
+def _set_marginal_weights(policy: Policy, sequence: Sequence, oracle: AttentionOracle) -> None:
     layers = sequence.target.layers
     if not any(layer.num_marginal for layer in layers):
         return

@@ -137,3 +137,8 @@ class Sequence:
             + self.target.sent_nbytes
             + steps,
         }
+
+
+def next_tokens(sequences: list[Sequence], drafts: list[list[int]]) -> list[list[int]]:
+    """What a verify pass reads of each sequence: the last token and its drafts."""
+    return [[sequence.tokens[-1], *own] for sequence, own in zip(sequences, drafts, strict=True)]

@@ -106,8 +106,8 @@ def test_a_beginning_that_two_prompts_share_is_read_once(spec, monkeypatch):
     first = [5 + i * i % 200 for i in range(200)]
     second = first[:150] + [7 + i % 11 for i in range(60)]
     earlier = read_once(spec, systems, policy, first, len(first), 8)
-    feed = Decoder._feed
-    monkeypatch.setattr(Decoder, "_feed", lambda *args: fed.append(len(args[3])) or feed(*args))
+    feed = Decoder.feed
+    monkeypatch.setattr(Decoder, "feed", lambda *args: fed.append(len(args[3])) or feed(*args))
     shared = read_once(spec, systems, policy, second, len(second), 8, earlier)
     alone = read_once(spec, systems, policy, second, len(second), 8)
     assert fed == [210 - 150 - 16] * 2 + [210 - 16] * 2

@@ -13,8 +13,9 @@ from specsmallkv.backends import attention_probabilities, weighted_values
 from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.cache import TieredCache
 from specsmallkv.controller import Controller, Costs, CostTable, measure
-from specsmallkv.decode import Decoder, full_cache
+from specsmallkv.decode import Decoder
 from specsmallkv.draft_view import DraftView, is_viewed, most_attended
+from specsmallkv.passes import full_cache
 from specsmallkv.presets import load_policy
 from specsmallkv.sampling import Sampler
 
@@ -107,7 +108,7 @@ def exact_rounds(decoder, prompt):
         if sequence.draft.seen < len(prompt):
             continue
         exact = full_cache(decoder.draft_model, len(sequence.tokens))
-        decoder._feed(decoder.draft_model, exact, sequence.tokens[: sequence.draft.seen])
+        decoder.feed(decoder.draft_model, exact, sequence.tokens[: sequence.draft.seen])
         for ours, theirs in zip(sequence.draft.layers, exact.layers, strict=True):
             torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)

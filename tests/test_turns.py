@@ -48,7 +48,7 @@ def test_blocks_of_known_tokens_equal_one_by_one_under_static_policies(target, d
         policy = load_policy(name, **SETTINGS)
         in_blocks, logits = extended(Decoder(target, draft, policy, 3), prompt[:first], prompt[first:])
         single = Decoder(target, draft, policy, 3)
-        single._turn_size = lambda sequence: 1
+        single.turn_size = lambda sequence: 1
         one_by_one, expected = extended(single, prompt[:first], prompt[first:])
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         assert in_blocks.target.layers[0].num_kept > 0

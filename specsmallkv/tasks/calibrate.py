@@ -19,7 +19,7 @@ from ..attention_form import attention_scaling
 from ..backends import attention_probabilities
 from ..cache import TieredCache
 from ..config import RunConfig
-from ..decode import OBSERVED_CHUNK, PREFILL_CHUNK, Decoder, full_cache
+from ..decode import Decoder
 from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
@@ -27,6 +27,8 @@ from ..intervals import bootstrap
 from ..matching import HeadMap, HeadMapFit
 from ..metrics import mass_caught
 from ..models import UNTRAINED, fingerprint
+from ..observation import OBSERVED_CHUNK
+from ..passes import PREFILL_CHUNK, full_cache
 from ..policies import Policy
 from ..presets import load_policy
 from ..saved_map import save_head_map
