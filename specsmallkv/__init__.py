@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import UserError
-    from .generator import Generation, GenerationSettings, SpecSmallKV
+    from .generation import Generation, GenerationSettings
+    from .generator import SpecSmallKV
     from .policies import Policy
     from .presets import load_policy
     from .sampling import Sampler
 
 __all__ = ["Generation", "GenerationSettings", "Policy", "Sampler", "SpecSmallKV", "UserError", "load_policy"]
 HOMES = {
-    "Generation": "generator",
-    "GenerationSettings": "generator",
+    "Generation": "generation",
+    "GenerationSettings": "generation",
     "Policy": "policies",
     "Sampler": "sampling",
     "SpecSmallKV": "generator",

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .generation import Generation
 from .generation_batch import GenerationBatch
-from .generator import Generation
 
 UNITS = ("B", "KiB", "MiB", "GiB")
 WIDTH = 120

@@ -3,7 +3,7 @@
     for generation in spec.stream_batch(prompts, batch_size=8):
         print(generation.number, generation.text)
 
-As `generator.py` for one text: tokens happen in `batch.py`; this file hands them to their `Generation`.
+As `generation.py` for one text: tokens happen in `batch.py`; this file hands them to their `Generation`.
 """
 
 import time
@@ -14,7 +14,8 @@ from .batch import BatchDecoder, Job
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .generator import Generation, SpecSmallKV
+    from .generation import Generation
+    from .generator import SpecSmallKV
 
 PER_PROMPT = ("seed", "max_new_tokens")  # settings that may be a list, one value for each prompt
 

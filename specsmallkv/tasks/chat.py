@@ -15,7 +15,8 @@ from typing import Any
 from ..config import RunConfig
 from ..display import Display
 from ..errors import UserError
-from ..generator import Generation, SpecSmallKV
+from ..generation import Generation
+from ..generator import SpecSmallKV
 from ..prompts import Messages, read_requests
 from ..record import asked_for
 from .generate import combine, generation_settings, load_generator, setting_figures, show

@@ -10,8 +10,9 @@ from ..config import RunConfig
 from ..controller import Adaptive, make_controller
 from ..display import Display, batch_line, live_line
 from ..errors import UserError
+from ..generation import Generation
 from ..generation_batch import GenerationBatch
-from ..generator import Generation, SpecSmallKV
+from ..generator import SpecSmallKV
 from ..memory import peak_memory_bytes, reset_peak_memory
 from ..models import load_pair
 from ..page import run_page

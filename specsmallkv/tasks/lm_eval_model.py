@@ -24,7 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ..benchmarks.example import Example
 from ..config import RunConfig
 from ..errors import UserError
-from ..generator import SpecSmallKV, refuse_unsupported
+from ..generation_config import refuse_unsupported
+from ..generator import SpecSmallKV
 from ..policies import Policy
 from ..sampling import Sampler
 from ..trials import prefill_once, read_on

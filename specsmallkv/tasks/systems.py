@@ -17,7 +17,8 @@ from ..benchmarks.example import Example
 from ..config import RunConfig
 from ..decode import Decoder
 from ..errors import UserError
-from ..generator import SpecSmallKV, memory_figures
+from ..generation_figures import memory_figures
+from ..generator import SpecSmallKV
 from ..policies import Policy
 from ..presets import load_policy
 from ..sampling import Sampler
