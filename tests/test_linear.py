@@ -11,7 +11,8 @@ from specsmallkv import linear
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.linear import PackedLinear, choose_linear, exchange, linear_layers, pack_linears
-from specsmallkv.models import fingerprint, load_pair
+from specsmallkv.models import load_pair
+from specsmallkv.weights import fingerprint
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not linear.can_pack(torch.bfloat16, CPU), reason="torch was built without FBGEMM")

@@ -15,9 +15,10 @@ from specsmallkv import models, random_model, sources
 from specsmallkv.attention_form import layer_windows
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
-from specsmallkv.models import ModelPair, fingerprint, load_draft, load_pair, load_target, refuse_cut
+from specsmallkv.models import ModelPair, load_draft, load_pair, load_target, refuse_cut
 from specsmallkv.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
 from specsmallkv.trimmed_head import IDS_KEY
+from specsmallkv.weights import fingerprint
 
 CPU = torch.device("cpu")
 TARGET = "random:llama?layers=3&hidden=64&heads=4&kv_heads=2&seed=0"

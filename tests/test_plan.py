@@ -6,8 +6,8 @@ from conftest import run_task, tiny_model
 
 from specsmallkv import UserError, random_model, sources
 from specsmallkv.linear import pack_linears
-from specsmallkv.models import _weight_bytes
 from specsmallkv.tasks.plan import weight_bytes
+from specsmallkv.weights import loaded_bytes
 
 KEYS = (
     *("target_weight_bytes", "draft_weight_bytes", "target_kv_bytes", "target_kv_bytes_full"),
@@ -91,9 +91,9 @@ def test_a_smaller_vocabulary_of_the_draft_is_counted_as_loaded(linear, tmp_path
 def test_a_packed_head_is_counted_beside_the_embedding_that_it_shares():
     model = tiny_model().bfloat16()
     planned, unpacked = (weight_bytes(model, torch.bfloat16, packed) for packed in (True, False))
-    assert unpacked == _weight_bytes(model) < planned
+    assert unpacked == loaded_bytes(model) < planned
     pack_linears(model)
-    assert planned == _weight_bytes(model)
+    assert planned == loaded_bytes(model)
 
 
 def test_the_pair_breaks_even_where_it_is_said_to():

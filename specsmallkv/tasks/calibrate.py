@@ -26,12 +26,13 @@ from ..generator import SpecSmallKV
 from ..intervals import bootstrap
 from ..matching import HeadMap, HeadMapFit
 from ..metrics import mass_caught
-from ..models import UNTRAINED, fingerprint
+from ..models import UNTRAINED
 from ..observation import OBSERVED_CHUNK
 from ..passes import PREFILL_CHUNK, full_cache
 from ..policies import Policy
 from ..presets import load_policy
 from ..saved_map import save_head_map
+from ..weights import fingerprint
 from .generate import load_generator, setting_figures
 from .texts import passage, read_texts
 

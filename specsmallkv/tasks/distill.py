@@ -20,9 +20,10 @@ from ..distill_report import agreement, answer_agreement, curve_svg
 from ..distill_text import sample_batch
 from ..errors import UserError
 from ..hub_text import SCHEME, hub_text
-from ..models import ModelPair, fingerprint, load_pair
+from ..models import ModelPair, load_pair
 from ..prompts import Request, read_requests_file, read_text
 from ..trimmed_head import frequent_tokens
+from ..weights import fingerprint
 
 EVAL_LENGTH, EVAL_SEQUENCES, EVAL_ANSWER = 512, 20, 128
 MEASURED = 1024  # tokens on which layers are compared
