@@ -25,9 +25,6 @@ from .sequence import Round, Sequence, next_tokens
 from .speculation import accept, match_vocabulary, propose
 from .tensor_parallel import shard_of
 
-TURN_CHUNK = 32  # known tokens that static policies read at a time; bounds the draft's rows, not the result
-TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each would cost as much as decoding them
-
 
 class Decoder(Passes):
     """Decodes with one target, optionally a draft, under one policy.
@@ -343,17 +340,11 @@ class Decoder(Passes):
     @property
     def num_waiting(self) -> int:
         """Most tokens that are appended between two evictions, a verify block included."""
-        return max(self.policy.evict_block + self.num_draft_tokens + 1, self.turn_limit)
-
-    @property
-    def turn_limit(self) -> int:
-        """Most known tokens in one pass: as many as share one set, or for static policies a chunk."""
-        lookahead = max(self.num_draft_tokens + 1, TURN_BLOCK)
-        return lookahead if self.policy.every_round else min(TURN_CHUNK, self.policy.evict_block)
+        return max(self.policy.evict_block + self.num_draft_tokens + 1, turns.limit(self))
 
     def turn_size(self, sequence: Sequence) -> int:
-        """A pass over known tokens reads no further than the next eviction event."""
-        return min(self.turn_limit, self.policy.evict_block - sequence.target.seen % self.policy.evict_block)
+        """Of a later turn: a pass reads no further than the next eviction event."""
+        return min(turns.limit(self), self.policy.evict_block - sequence.target.seen % self.policy.evict_block)
 
 
 def until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:

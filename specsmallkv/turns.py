@@ -13,6 +13,9 @@ from .sequence import Sequence
 if TYPE_CHECKING:
     from .decode import Decoder
 
+TURN_CHUNK = 32  # known tokens that static policies read at a time; bounds the draft's rows, not the result
+TURN_BLOCK = 4  # least number of known tokens that share one set; a pass each would cost as much as decoding them
+
 
 def extend(decoder: "Decoder", sequence: Sequence, tokens: list[int]) -> Tensor:
     """Read further known tokens, at least one, through the compressed cache: logits (V,) of the last one.
@@ -28,7 +31,7 @@ def extend(decoder: "Decoder", sequence: Sequence, tokens: list[int]) -> Tensor:
         oracle = sequence.evidence.oracle
         own = oracle.block if oracle else None
         if oracle:  # rows of a turn are scratch for that turn alone
-            oracle.block = decoder.new_rows(decoder.turn_limit, len(sequence.tokens) + len(tokens))
+            oracle.block = decoder.new_rows(limit(decoder), len(sequence.tokens) + len(tokens))
         while tokens:
             count = decoder.turn_size(sequence)
             logits = _extend_block(decoder, sequence, tokens[:count])
@@ -36,6 +39,12 @@ def extend(decoder: "Decoder", sequence: Sequence, tokens: list[int]) -> Tensor:
         if oracle and own:
             oracle.block = own
     return logits
+
+
+def limit(decoder: "Decoder") -> int:
+    """Most known tokens in one pass: as many as share one set, or for static policies a chunk."""
+    lookahead = max(decoder.num_draft_tokens + 1, TURN_BLOCK)
+    return lookahead if decoder.policy.every_round else min(TURN_CHUNK, decoder.policy.evict_block)
 
 
 def _extend_full(decoder: "Decoder", sequence: Sequence, tokens: list[int]) -> Tensor:
