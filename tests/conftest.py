@@ -1,5 +1,6 @@
 """A tiny random target and draft per architecture, float32 on CPU, whose greedy text is not degenerate."""
 
+import gc
 import os
 
 import pytest
@@ -78,6 +79,13 @@ def run_task(*overrides: str) -> dict:
     """The record of a task, without the command line."""
     config, task = compose_run(*overrides)
     return task.run(config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage():
+    """Every run collects garbage, and would look through all of torch and transformers for it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
