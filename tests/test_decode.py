@@ -1,6 +1,7 @@
 """The loop's invariants (docs/architecture.md) on tiny random models in float32."""
 
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy
 from specsmallkv.sampling import Sampler
 
-NEW = 60
+NEW = 44  # two or three eviction events of 16 tokens, behind short and long prompts
 STATIC = ("streaming_llm", "snapkv", "pyramidkv", "h2o", "smallkv", "smallkv_paper")
 
 
@@ -26,13 +27,19 @@ def transformers_greedy(model, prompt, new=NEW):
     return output[0, len(prompt) :].tolist()
 
 
+@pytest.fixture(scope="module")
+def greedy(target, prompt):
+    """What transformers writes behind the prompt."""
+    return transformers_greedy(target, prompt)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("num_draft_tokens", [0, 4])
 @pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
-def test_budget_one_equals_transformers_generate(target, draft, prompt, name, num_draft_tokens):
+def test_budget_one_equals_transformers_generate(target, draft, prompt, greedy, name, num_draft_tokens):
     """Invariant 1."""
     tokens, _ = decode(target, draft, load_policy(name, kv_budget=1.0), num_draft_tokens, prompt)
-    assert tokens == transformers_greedy(target, prompt) and len(set(tokens)) > 5
+    assert tokens == greedy and len(set(tokens)) > 5
 
 
 @pytest.mark.smoke
@@ -44,7 +51,7 @@ def test_budget_one_equals_transformers_generate_on_every_architecture(architect
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("budget", [0.15, 0.4, 0.8])
+@pytest.mark.parametrize("budget", [0.15, 0.6])
 @pytest.mark.parametrize("name", [*STATIC, "smallkv without odds"])
 def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, name, budget):
     """Invariant 2, greedy; budgets small enough to evict many times, prompts long and short.
@@ -63,16 +70,20 @@ def test_speculation_changes_no_token_of_a_static_policy(target, draft, prompt, 
         assert sequence.target.layers[0].num_kept > 0, "and something was evicted"
 
 
-@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@pytest.fixture(scope="module", params=[0, 3])
+def snapkv(request, target, draft, prompt):
+    """A number of drafts, and what snapkv does with it; it drops for good what ours keep in their host stores."""
+    return request.param, *decode(target, draft, load_policy("snapkv", kv_budget=0.3), request.param, prompt)
+
+
 @pytest.mark.parametrize("name", ["smallkv", "smallkv_paper", "specsmallkv"])
 def test_a_draft_that_predicts_nothing_changes_nothing_that_snapkv_does(
-    target, draft, prompt, name, num_draft_tokens, monkeypatch
+    target, draft, prompt, name, snapkv, monkeypatch
 ):
     monkeypatch.setattr("specsmallkv.oracle.TRUSTED_SIMILARITY", 2.0)
+    num_draft_tokens, expected, rival = snapkv
     policy = load_policy(name, kv_budget=0.3)
     tokens, sequence = decode(target, draft, policy, num_draft_tokens, prompt)
-    snapkv = load_policy("snapkv", kv_budget=0.3)  # drops for good what ours keeps in its host store
-    expected, rival = decode(target, draft, snapkv, num_draft_tokens, prompt)
     assert tokens == expected
     for ours, theirs in zip(sequence.target.layers, rival.target.layers, strict=True):
         assert ours.num_marginal == 0 and theirs.num_kept > 0 and ours.tail_term is None
@@ -108,8 +119,7 @@ QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed, budget", [(1, 0.2), (2, 0.35), (3, 0.5)])
 def test_speculation_changes_no_token_if_each_query_has_its_own_set(seed, budget):
     """Invariant 2, greedy, for specsmallkv with selection=query; another pair and prompt for each seed."""
     target = tiny_model(seed=seed)
@@ -161,7 +171,7 @@ def step(decoder, sequence, forced):
 
 def begin(decoder, prompt, forced):
     """A sequence after prefill whose first new token is `forced`, and the logits it replaced."""
-    sequence = decoder.start(prompt, NEW)
+    sequence = decoder.start(prompt, 60)
     logits = decoder.prefill(sequence)
     sequence.tokens.append(forced)
     decoder.prefill_draft(sequence)
@@ -191,7 +201,7 @@ def exact_pairs(decoder, prompt, vocab, warp):
 def test_sampling_with_speculation_keeps_the_distribution(name, budget, options, prompt):
     """Invariant 2, temperature > 0: sampled pairs of tokens against exact enumeration without speculation."""
     target, draft = tiny_model(layers=2, vocab=6, seed=7), tiny_model(layers=1, vocab=6, seed=8)
-    prompt, sampler, runs = [token % 6 for token in prompt[:12]], Sampler(0.8, top_k=4), 800
+    prompt, sampler, runs = [token % 6 for token in prompt[:12]], Sampler(0.8, top_k=4), 500
     settings = {"evict_block": 4, "matching": "one_hot"} | options if budget < 1 else {}
     policy = load_policy(name, kv_budget=budget, **settings)
     exact = exact_pairs(Decoder(target, draft, policy, 0), prompt, 6, sampler.probabilities)
@@ -202,14 +212,15 @@ def test_sampling_with_speculation_keeps_the_distribution(name, budget, options,
     )
     generator.manual_seed(0)
     with torch.inference_mode():
+        begun, _ = begin(decoder, prompt, 0)
         for _ in range(runs):
-            sequence, _ = begin(decoder, prompt, 0)
+            sequence = deepcopy(begun)
             while len(sequence.tokens) < len(prompt) + 3:
                 decoder.round(sequence, generator, set())
             counts[tuple(sequence.tokens[len(prompt) + 1 : len(prompt) + 3])] += 1
     distance = (counts / runs - exact).abs().sum() / 2
     expected_noise = (exact * (1 - exact) / runs).sqrt().sum() / 2
-    assert distance < 1.6 * expected_noise, f"total variation {distance:.3f}, sampling noise {expected_noise:.3f}"
+    assert distance < 1.3 * expected_noise, f"total variation {distance:.3f}, sampling noise {expected_noise:.3f}"
 
 
 def test_rollback_is_exact_in_full_if_each_query_has_its_own_set(target, draft, prompt):
@@ -341,7 +352,7 @@ def test_static_and_lookahead_policies_hold_equal_bytes_in_every_pass(target, dr
 def test_tokens_leave_the_window_of_a_lookahead_policy_in_blocks_only(target, draft, prompt, name):
     policy = load_policy(name, kv_budget=0.3, evict_block=16, window_size=8)
     decoder = Decoder(target, draft, policy, 4)
-    for index, (round_, sequence) in enumerate(decoder.generate(prompt, NEW)):
+    for index, (round_, sequence) in enumerate(decoder.generate(prompt, 60)):
         if index == 0:
             continue
         seen, layer = sequence.target.seen, sequence.target.layers[0]
@@ -438,14 +449,14 @@ def test_no_draft_is_run_when_nothing_needs_it(target, prompt):
         Decoder(target, None, load_policy("smallkv"), 0)
 
 
-def test_a_larger_draft_vocabulary_is_harmless(target, prompt):
+def test_a_larger_draft_vocabulary_is_harmless(target, prompt, greedy):
     draft = tiny_model(layers=2, seed=1, vocab=VOCAB + 32)
     tokens, _ = decode(target, draft, load_policy("full"), 3, prompt)
-    assert tokens == transformers_greedy(target, prompt)
+    assert tokens == greedy
 
 
 def test_a_short_prompt_is_compressed_once_the_text_has_grown(target, draft, prompt):
     for name in (*STATIC, "specsmallkv"):
         policy = load_policy(name, kv_budget=0.2, window_size=8, evict_block=16)
-        _, sequence = decode(target, draft, policy, 3, prompt[:3], new=120)
-        assert sequence.target.layers[0].num_slots < 60, name
+        _, sequence = decode(target, draft, policy, 3, prompt[:3], new=64)
+        assert sequence.target.layers[0].num_slots < 40, name
