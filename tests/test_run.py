@@ -8,6 +8,7 @@ import sys
 import warnings
 import weakref
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -218,8 +219,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("task", LOADING_TASKS)
-@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize(("task", "sweep"), [*zip(LOADING_TASKS, cycle([False, True]), strict=False)])
 def test_ctrl_c_while_models_load_leaves_a_record(run, text_file, monkeypatch, task, sweep):
     monkeypatch.setattr(models, "load_target", interrupt)
     extra = ["-m", "seed=1,2"] if sweep else []
@@ -354,16 +354,18 @@ CPU_SHORTAGE = RuntimeError(
 CUDA_SHORTAGE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity")
 
 
-@pytest.mark.parametrize("task", LOADING_TASKS)
-@pytest.mark.parametrize(
-    ("error", "size"),
-    [
-        (CPU_SHORTAGE, " (40.00 GiB asked for at once)"),
-        (CUDA_SHORTAGE, " (20.50 GiB asked for at once)"),
-        (MemoryError(), ""),
-    ],
-)
-def test_the_end_of_memory_is_one_sentence_with_the_remedy(run, text_file, monkeypatch, task, error, size):
+SHORTAGES = [
+    (CPU_SHORTAGE, " (40.00 GiB asked for at once)"),
+    (CUDA_SHORTAGE, " (20.50 GiB asked for at once)"),
+    (MemoryError(), ""),
+]
+
+
+@pytest.mark.parametrize(("task", "shortage"), [*zip(LOADING_TASKS, cycle(SHORTAGES), strict=False)])
+def test_the_end_of_memory_is_one_sentence_with_the_remedy(run, text_file, monkeypatch, task, shortage):
+    """Every task meets one of them, which no task tells apart."""
+    error, size = shortage
+
     def fail(*_, **__):
         raise error
 
