@@ -8,6 +8,7 @@ from .cache import TieredCache
 from .errors import UserError
 from .matching import Prior
 from .oracle import AttentionOracle
+from .own_attention import LastQueries
 from .passes import full_cache
 from .policies import Evidence, Policy
 from .sequence import Counters, Sequence
@@ -27,6 +28,7 @@ def start(decoder: "Decoder", prompt: list[int], max_new_tokens: int) -> Sequenc
         attention_scaling(decoder.target.config), decoder.budgeted, _oracle(decoder, room, limit + room)
     )
     evidence.mass = AttentionMass(limit + room) if decoder.policy.reads_mass else None
+    evidence.last = LastQueries() if decoder.policy.reads_last else None
     context = context_tokens(decoder.draft_model)
     return Sequence(list(prompt), limit, target, draft, evidence, len(prompt), context_tokens=context)
 

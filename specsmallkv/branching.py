@@ -28,7 +28,7 @@ def branch(decoder: "Decoder", base: Sequence) -> Sequence:
     sequence.counters.see_prefill(sequence.target)
     own, oracle = sequence.evidence.oracle, base.evidence.oracle
     window = min(decoder.policy.num_observed, base.target.seen)
-    sequence.evidence = base.evidence.fork(decoder.policy.reads_mass)
+    sequence.evidence = base.evidence.fork(decoder.policy.reads_mass, decoder.policy.reads_last)
     queries = base.evidence.queries
     sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
     if own is not None and oracle is not None and oracle.head_map is not None:

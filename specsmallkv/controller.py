@@ -246,7 +246,7 @@ def measure(decoder: "Decoder", sequence: "Sequence", most: int) -> Costs:
 def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str, float]:
     """Seconds of the phases of a round with `count` drafts, all of which is rolled back, figures included."""
     kept = sequence.counters, sequence.logits, [layer.recall_bytes for layer in sequence.target.layers]
-    oracle = sequence.evidence.oracle
+    oracle, last = sequence.evidence.oracle, sequence.evidence.last
     recent = oracle.recent_rows if oracle else None
     counters = sequence.counters = type(sequence.counters)()
     sequence.decision = Decision(count, view_size=decoder.controller.view_size if decoder.controller else 0)
@@ -259,7 +259,7 @@ def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str,
         decoder.verify(sequence, drafts).argmax(dim=-1).tolist()  # waits for the device
     decoder.rollback(sequence, len(drafts) + 1)
     sequence.counters, sequence.logits, recalled = kept
-    sequence.last_row = None
+    sequence.last_row, sequence.evidence.last = None, last
     if oracle is not None:
         oracle.recent_rows = recent
     for layer, own in zip(sequence.target.layers, recalled, strict=True):

@@ -277,14 +277,15 @@ class Decoder(Passes):
         return logits
 
     def verify_call(self, sequence: Sequence, num_tokens: int) -> AttentionCall:
-        asked = self.policy.reads_last or sequence.evidence.mass is not None
+        asked = sequence.evidence.last is not None or sequence.evidence.mass is not None
         return AttentionCall(self.attention, num_queries=num_tokens if asked else 0)
 
     def _verified(self, sequence: Sequence, call: AttentionCall) -> None:
         if sequence.evidence.mass:
             sequence.evidence.mass.pending = call.queries
-        if self.policy.reads_last:
-            sequence.evidence.last = LastQueries(call.queries, sequence.target.seen - call.num_queries)
+        if sequence.evidence.last is not None:
+            queries = {index: call.queries[index] for index in self.budgeted}
+            sequence.evidence.last = LastQueries(queries, sequence.target.seen - call.num_queries)
         sequence.counters.see(sequence.target)
 
     def conclude(
@@ -340,11 +341,11 @@ class Decoder(Passes):
     @property
     def num_waiting(self) -> int:
         """Most tokens that are appended between two evictions, a verify block included."""
-        return max(self.policy.evict_block + self.num_draft_tokens + 1, turns.limit(self))
+        return max(self.policy.evict_block + self.num_draft_tokens + 1, turns.most_at_once(self))
 
     def turn_size(self, sequence: Sequence) -> int:
         """Of a later turn: a pass reads no further than the next eviction event."""
-        return min(turns.limit(self), self.policy.evict_block - sequence.target.seen % self.policy.evict_block)
+        return min(turns.most_at_once(self), self.policy.evict_block - sequence.target.seen % self.policy.evict_block)
 
 
 def until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:

@@ -14,7 +14,7 @@ from .draft_view import DraftView, is_viewed
 from .oracle import AttentionOracle
 from .passes import PREFILL_CHUNK
 from .prefill import summed_rows
-from .recall import recall_ahead
+from .recall import AHEAD_SHARE, recall_ahead
 from .trimmed_head import context_logits
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ def send_ahead(decoder: "Decoder", sequence: "Sequence") -> None:
     oracle, layers = sequence.reading, sequence.target.layers
     crosses = any(layer.shares_memory is False for layer in layers) and not sequence.in_view
     if crosses and decoder.policy.every_round and oracle is not None and oracle.trusted:
-        recall_ahead(layers, oracle.first_saliency(sequence.target.seen, decoder.policy.group_reduction))
+        own = decoder.policy.own_share if decoder.policy.reads_last else 0.0
+        share = AHEAD_SHARE * (1 - own)  # the more the last pass decides, the less is new
+        recall_ahead(layers, oracle.first_saliency(sequence.target.seen, decoder.policy.group_reduction), share)
 
 
 def _begin_view(decoder: "Decoder", sequence: "Sequence", oracle: AttentionOracle, count: int) -> None:

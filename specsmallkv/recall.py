@@ -39,10 +39,13 @@ class Shipment:
             self.v.record_stream(stream)
 
 
-def recall_ahead(layers: list[TieredLayer], saliency: Tensor) -> None:
-    """Send ahead what ranks highest of each layer's evicted tokens; saliency (L, H_kv, N), N >= every tail's start."""
+def recall_ahead(layers: list[TieredLayer], saliency: Tensor, share: float = AHEAD_SHARE) -> None:
+    """Send ahead what ranks highest of each layer's evicted tokens; saliency (L, H_kv, N), N >= every tail's start.
+
+    share: how many are sent, of the kept tokens.
+    """
     away = [(index, layer) for index, layer in enumerate(layers) if layer.shares_memory is False]
-    positions = [_best_evicted(layer, saliency[index].to(layer.k.device)) for index, layer in away]
+    positions = [_best_evicted(layer, saliency[index].to(layer.k.device), share) for index, layer in away]
     if not any(own.numel() for own in positions):
         return
     on_host = torch.cat([own.flatten().cpu() for own in positions])  # one layer's wait is all layers'
@@ -52,11 +55,11 @@ def recall_ahead(layers: list[TieredLayer], saliency: Tensor) -> None:
         layer.send(own, partial(_received, own, _worker.submit(job).result if beside else job))
 
 
-def _best_evicted(layer: TieredLayer, saliency: Tensor) -> Tensor:
+def _best_evicted(layer: TieredLayer, saliency: Tensor, share: float) -> Tensor:
     """(1, H_kv, m) positions, sorted, of the host store's tokens that are not resident."""
     kept = layer.kept_positions[0]
     ranked = saliency[:, : layer.tail_start].scatter(-1, kept, -torch.inf)
-    count = min(int(AHEAD_SHARE * kept.shape[1]), layer.tail_start - kept.shape[1])
+    count = min(int(share * kept.shape[1]), layer.tail_start - kept.shape[1])
     return largest(ranked, max(count, 0)).unsqueeze(0)
 
 

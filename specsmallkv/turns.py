@@ -31,7 +31,7 @@ def extend(decoder: "Decoder", sequence: Sequence, tokens: list[int]) -> Tensor:
         oracle = sequence.evidence.oracle
         own = oracle.block if oracle else None
         if oracle:  # rows of a turn are scratch for that turn alone
-            oracle.block = decoder.new_rows(limit(decoder), len(sequence.tokens) + len(tokens))
+            oracle.block = decoder.new_rows(most_at_once(decoder), len(sequence.tokens) + len(tokens))
         while tokens:
             count = decoder.turn_size(sequence)
             logits = _extend_block(decoder, sequence, tokens[:count])
@@ -41,7 +41,7 @@ def extend(decoder: "Decoder", sequence: Sequence, tokens: list[int]) -> Tensor:
     return logits
 
 
-def limit(decoder: "Decoder") -> int:
+def most_at_once(decoder: "Decoder") -> int:
     """Most known tokens in one pass: as many as share one set, or for static policies a chunk."""
     lookahead = max(decoder.num_draft_tokens + 1, TURN_BLOCK)
     return lookahead if decoder.policy.every_round else min(TURN_CHUNK, decoder.policy.evict_block)

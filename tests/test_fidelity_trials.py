@@ -139,6 +139,24 @@ def test_a_trial_scores_what_decoding_verifies_though_it_reads_no_rejected_draft
     torch.testing.assert_close(scored[0], verified[:2], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("others", [["smallkv"], ["specsmallkv", "snapkv"]])
+@torch.inference_mode()
+def test_a_trial_asks_its_own_last_queries_whatever_policy_the_base_has(others):
+    spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, dtype="float32")
+    text = torch.randint(1, 320, (270,), generator=torch.Generator().manual_seed(0)).tolist()
+    own, read = load_policy("specsmallkv", kv_budget=0.3, own_share=0.6), []
+    for policies in ([own], [*(load_policy(name, kv_budget=0.3) for name in others), own]):
+        base = prefill_once(spec, policies[0], text, 240, policies)
+        trials = read_on(base, policies, text, True)
+        read.append(trials[-1].sequence.counters.new_entries)
+        assert [trial.sequence.evidence.last is not None for trial in trials] == [policy is own for policy in policies]
+    assert len(read[0]) > 4 and read[0] == read[1]
+    without = [load_policy("specsmallkv", kv_budget=0.3)]
+    base = prefill_once(spec, without[0], text, 240, without)
+    (trial,) = read_on(base, without, text, True)
+    assert sum(read[0]) < sum(trial.sequence.counters.new_entries)
+
+
 @torch.inference_mode()
 def test_trials_that_share_a_block_of_rows_read_what_each_looks_ahead_to():
     """Also of gold blocks, whose rows all come in one pass."""

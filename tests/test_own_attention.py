@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import run_task
 
-from specsmallkv import load_policy
+from specsmallkv import drafting, load_policy
 from specsmallkv.backends import attention_probabilities
+from specsmallkv.controller import dry_round
 from specsmallkv.decode import Decoder
 from specsmallkv.own_attention import LastQueries, blended
+from specsmallkv.recall import AHEAD_SHARE
 from specsmallkv.tiered_layer import TieredLayer
 
 HEADS, GROUP, DIM, SCALING = 2, 2, 8, 0.35
@@ -48,21 +50,20 @@ def test_a_share_goes_to_what_was_attended_and_the_rest_is_the_drafts(layer):
 def test_a_pass_of_which_nothing_is_left_decides_nothing(layer):
     predicted, last = torch.rand(1, HEADS, 48), LastQueries({0: torch.randn(1, 4, 4, DIM)}, layer.seen - 4)
     layer.rollback(4)
-    assert torch.equal(blended(predicted, last, [layer], 0.25, SCALING, "max"), predicted)
+    for none in (last, LastQueries()):
+        assert torch.equal(blended(predicted, none, [layer], 0.25, SCALING, "max"), predicted)
 
 
-def sets(target, draft, prompt, **options):
-    """Of every round the kept positions of the first layer, and the share of new entries over all rounds."""
-    policy = load_policy("specsmallkv", kv_budget=0.25, **options)
-    decoder, kept = Decoder(target, draft, policy, 3), []
-    for _, sequence in decoder.generate(prompt, 24):
-        kept.append(sequence.target.layers[0].kept_positions.tolist())
-    new = sequence.counters.new_entries[1:]  # the first set is all new
-    return kept, sum(new) / len(new)
+def new_a_round(target, draft, prompt, share):
+    """Share of new entries, a mean over all rounds but the first, whose set is all new."""
+    decoder = Decoder(target, draft, load_policy("specsmallkv", kv_budget=0.25, own_share=share), 3)
+    *_, (_, sequence) = decoder.generate(prompt, 24)
+    new = sequence.counters.new_entries[1:]
+    return sum(new) / len(new)
 
 
 def test_a_larger_share_recalls_less(target, draft, prompt, drafts_are_believed):
-    new = [sets(target, draft, prompt, own_share=share)[1] for share in (0.0, 0.5, 1.0)]
+    new = [new_a_round(target, draft, prompt, share) for share in (0.0, 0.5, 0.9)]
     assert new[0] > new[1] > new[2]
 
 
@@ -87,3 +88,24 @@ def test_the_queries_that_are_kept_count_as_scratch_planned_and_run(tmp_path):
         scratch[task[0]] = runs[1]["scratch_bytes"] - runs[0]["scratch_bytes"]
     ran, planned = scratch.values()
     assert planned == 4 * ran > 0, "planned are those of a whole block, and the last pass had room for one query"
+
+
+@torch.inference_mode()
+def test_measuring_what_a_round_costs_leaves_the_last_queries_alone(target, draft, prompt):
+    decoder = Decoder(target, draft, load_policy("specsmallkv", kv_budget=0.25, own_share=0.3), 3)
+    *_, (_, sequence) = decoder.generate(prompt, 8)
+    sequence.limit += 8
+    last = sequence.evidence.last
+    dry_round(decoder, sequence, 2)
+    assert last.queries and sequence.evidence.last is last
+
+
+def test_where_recall_begins_early_a_share_sends_less_ahead(target, draft, prompt, monkeypatch):
+    asked = []
+    monkeypatch.setattr(drafting, "recall_ahead", lambda layers, saliency, share: asked.append(share))
+    for share in (0.0, 0.4):
+        decoder = Decoder(target, draft, load_policy("specsmallkv", kv_budget=0.25, own_share=share), 3)
+        for _, sequence in decoder.generate(prompt, 8):
+            for layer in sequence.target.layers:
+                layer.shares_memory = False
+    assert set(asked) == {AHEAD_SHARE, 0.6 * AHEAD_SHARE}

@@ -288,12 +288,13 @@ def test_h2o_keeps_heavy_hitters_and_the_recent_half():
 
 def test_a_fork_of_the_evidence_counts_its_own_mass():
     first = evidence_of(32)
-    second, third = first.fork(reads_mass=True), first.fork(reads_mass=False)
+    second, third = first.fork(reads_mass=True, reads_last=True), first.fork(reads_mass=False, reads_last=False)
     before = first.mass.sums[0].clone()
     second.mass.sums[0] += 1
     second.frozen[0] = before
     assert torch.equal(first.mass.sums[0], before) and not first.frozen
     assert second.queries is first.queries and third.mass is None
+    assert second.last.queries == {} and third.last is None
 
 
 @pytest.mark.parametrize(
@@ -317,6 +318,7 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("snapkv", "kv_budget", True),
         ("specsmallkv", "selection", "token"),
         ("specsmallkv", "own_share", -0.1),
+        ("specsmallkv", "own_share", 1.0),
         ("streaming_llm", "num_sink_tokens", -1),
         ("pyramidkv", "beta", 0.5),
         ("h2o", "recent_share", 1.0),

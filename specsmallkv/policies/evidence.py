@@ -48,7 +48,8 @@ class Evidence:
         """Whether the draft's rows are alike enough to the target's to weigh values: `least` is a mean cosine."""
         return self.trusts_draft and (self.oracle is None or self.oracle.similarity >= least)
 
-    def fork(self, reads_mass: bool) -> "Evidence":
+    def fork(self, reads_mass: bool, reads_last: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""
         mass = self.mass.clone() if self.mass and reads_mass else None
-        return replace(self, frozen={}, saliency=None, oracle=None, mass=mass, last=None)
+        last = LastQueries() if reads_last else None
+        return replace(self, frozen={}, saliency=None, oracle=None, mass=mass, last=last)

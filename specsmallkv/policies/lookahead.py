@@ -69,8 +69,8 @@ class Lookahead(DraftPolicy):
                 f"policy.lookahead={self.lookahead} leaves queries without a row, which policy.selection=query gives "
                 "a set each; use policy.lookahead=block."
             )
-        if not 0 <= self.own_share <= 1:
-            raise UserError(f"policy.own_share={self.own_share} is outside [0, 1]; give e.g. 0.3, or 0 (off).")
+        if not 0 <= self.own_share < 1:  # at 1 nothing would ever be recalled
+            raise UserError(f"policy.own_share={self.own_share} is outside [0, 1); give e.g. 0.3, or 0 (off).")
         for key in ("tail_factor", "tail_pool"):
             if getattr(self, key) < 0:
                 raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")

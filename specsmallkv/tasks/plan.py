@@ -161,9 +161,9 @@ class Plan:
                 scratch += 4 * config.num_hidden_layers * config.num_attention_heads * context
                 if self.policy.every_round:  # the last block's mean row
                     scratch += 4 * oracle.block.buffer.shape[0] * capacity
-        if self.policy.reads_last and self.policy.due(context):
+        if self.policy.reads_last:
             queries = min(self.num_draft_tokens, new_tokens) + 1
-            heads = config.num_hidden_layers * config.num_attention_heads
+            heads = layer_windows(config).count(None) * config.num_attention_heads
             scratch += heads * queries * entry_bytes(config, self.dtype) // (2 * config.num_key_value_heads)
         return scratch + self._view_bytes(capacity, oracle is not None), room
 
