@@ -76,7 +76,8 @@ def main() -> None:
     left.legend(loc="upper left", ncols=2)
     last = points[-1]
     sizes = [last[key] / last["tokens"] for key in ("target_kv_bytes_full", "draft_kv_bytes", "scratch_bytes")]
-    pairs = {records[0]["model"]: (*sizes, last["draft_weight_bytes"])} | {pair: per_token(pair) for pair in PAIRS}
+    pairs = {f"{records[0]['model']}, measured": (*sizes, last["draft_weight_bytes"])}
+    pairs |= {pair: per_token(pair) for pair in PAIRS}
     print_break_even(pairs)
     budgets = np.linspace(0.02, 0.6, 200)
     for index, (pair, (target, draft, scratch, weights)) in enumerate(pairs.items()):
@@ -86,7 +87,7 @@ def main() -> None:
         where = f"{tokens:,.0f} at {budget:g}" if tokens < NEVER else "never"
         right.plot(budgets, curve, label=f"{pair}: {where}", **style)
     right.set(xlabel="kv_budget", ylabel="tokens of context", yscale="log", ylim=(100, 1e6))
-    right.set_title("where one sequence breaks even, by formula", fontsize=9)
+    right.set_title("where one sequence breaks even", fontsize=9)
     right.legend(fontsize=7)
     counted = "bytes counted from tensors", "n = 1 prompt a length: nothing is sampled"
     plotting.title(made, records[0]["model"], f"{records[0]['dtype']}, kv_budget {budget:g}", *counted)

@@ -157,13 +157,14 @@ def test_the_results_table_of_the_main_readme_is_what_its_script_prints(monkeypa
     assert len(printed) == 5 and "\n".join(printed) in front and "python experiments/results_table.py" in front
 
 
-def test_break_even_as_the_readme_has_it_is_what_the_script_prints(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["efficiency", "throughput_qwen_8k"])
+def test_break_even_as_the_readme_has_it_is_what_the_script_prints(name, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "argv", ["bytes_ledger", str(FOLDER / "records" / "efficiency"), str(tmp_path / "x.svg")])
+    monkeypatch.setattr(sys, "argv", ["bytes_ledger", str(FOLDER / "records" / name), str(tmp_path / "x.svg")])
     importlib.import_module("bytes_ledger").main()
     lines = [line.removesuffix(" |") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
-    assert len(lines) == 6 and all(line in README for line in lines)
+    assert len(lines) == 6 and "measured" in lines[0] and all(line in README for line in lines)
 
 
 def sentences(picture: Path) -> set[str]:
