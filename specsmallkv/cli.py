@@ -2,10 +2,11 @@ r"""The two ends of the command line: arguments before Hydra reads them, errors 
 
 Hydra's grammar gives a meaning to commas, quotes, brackets and `${...}`, so free text is quoted here first:
 
-    prompt=ANYTHING   the prompt is exactly what follows the equal sign: `prompt=null` is the word null
+    prompt=ANYTHING   the prompt is exactly what follows the equal sign: `prompt=null` is the word null; `task.system=`
+                      likewise, but for `null`
     stop=ANYTHING     one stop string, exactly: `stop=[INST]` is `[INST]`; but a Hydra list that shows a comma
                       or quotes is several, as in `stop=[a,b]` or `stop=["[END]"]`, and `stop=[]` is none
-    *_file= *_path= *_dir= model.target= model.draft=
+    *_file= *_path= *_dir= model.target= model.draft= and the other paths of PATH_KEY
                       a path, exactly; `null`, a value in quotes and, with -m, a list a,b are left to Hydra
 
 `+experiment=NAME` goes behind `+model=NAME`, wherever it was typed: what it says of the model holds for any.
@@ -33,7 +34,9 @@ from .errors import UserError
 from .explain import explain, unknown_argument
 
 OVERRIDE = re.compile(r"(?P<key>[+~]{0,2}\w[\w./@:-]*)=(?P<value>.*)", re.DOTALL)
-PATH_KEY = re.compile(r".*_(file|path|dir)|model\.(target|draft)")
+PATH_KEY = re.compile(
+    r".*_(file|path|dir)|model\.(target|draft|head_map)|task\.(dir|output|start_from)|speculation\.cost_table"
+)
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -61,7 +64,7 @@ def quote_override(override: str, multirun: bool = False) -> str:
     if match is None:
         return override
     key, value = match["key"].lstrip("+"), match["value"]
-    if key == "prompt":
+    if key == "prompt" or (key == "task.system" and value != "null"):
         quoted = quote(value)
     elif key == "stop":
         quoted = "[" + ",".join(quote(text) for text in stop_strings(value)) + "]"

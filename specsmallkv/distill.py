@@ -23,6 +23,7 @@ from .distill_data import Lessons
 from .distill_loss import NAME, LogitDivergence, RowRecorder, attention_divergence, hidden_states, initial_mixture
 from .errors import UserError
 from .trimmed_head import IDS_KEY, trim_head
+from .weights import fingerprint
 
 SHARED = ("embed_tokens", "lm_head")
 MIXTURE_LR = 30  # the mixture's logits learn this much faster than the draft's weights
@@ -266,8 +267,9 @@ class Trainer:
     def _identity(self) -> str:
         c = self.curriculum
         data = [lessons.digest for lessons in (c.text, c.answers, c.long) if lessons is not None]
-        head = len(self.draft.get_output_embeddings().weight)
-        return json.dumps(asdict(self.settings) | {"checkpoint_minutes": None, "data": data, "head": head})
+        head, target = len(self.draft.get_output_embeddings().weight), fingerprint(self.target)
+        besides = {"checkpoint_minutes": None, "data": data, "head": head, "target": target}
+        return json.dumps(asdict(self.settings) | besides)
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -284,7 +286,7 @@ def train(
 ) -> None:
     """Run to the last step; every few minutes write `checkpoint.safetensors` and call back."""
     saved = time.monotonic()
-    with (output_dir / "curve.jsonl").open("a") as curve:
+    with (output_dir / "curve.jsonl").open("a" if trainer.step else "w") as curve:
         while trainer.step < trainer.steps:
             losses = trainer.train_step()
             curve.write(json.dumps({"step": trainer.step, "tokens": trainer.tokens, **losses}) + "\n")

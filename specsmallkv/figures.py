@@ -2,9 +2,11 @@
 
 A figure is lines over the budget where a policy was measured at several, else bars. Rows of a line that differ in
 nothing but seed, run or text are averaged; the bar on a point is their range, or the interval that the rows bring.
+What else differs between rows that would be one point is told in their lines' names.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from .records import Row, by_task
 
 MEAN = "mean"  # what fidelity calls the row of all texts
 SERIES_KEYS = ("model", "name", "policy", "speculation", "num_draft_tokens", "rows")
+COUNTED = ("num_draft_tokens",)
 MAX_BARS = 40
 
 
@@ -39,14 +42,14 @@ MEASURES = (
 )
 
 
-def figures(rows: list[Row]) -> list[dict[str, Any]]:
-    """One per task and measure that some row has."""
+def figures(rows: list[Row], settings: Mapping[str, Row] | None = None) -> list[dict[str, Any]]:
+    """One per task and measure that some row has. settings: of each record, as `Collection.settings`."""
     found = []
     for task, own in by_task(means_alone(rows)).items():
         for measure in MEASURES:
             having = [row for row in own if row.get(measure.key) is not None]
             if having:
-                found.append({"task": task} | figure(measure, having))
+                found.append({"task": task} | figure(measure, having, settings or {}))
     return found
 
 
@@ -56,9 +59,9 @@ def means_alone(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["record"] not in averaged or row.get("text") == MEAN]
 
 
-def figure(measure: Measure, rows: list[Row]) -> dict[str, Any]:
+def figure(measure: Measure, rows: list[Row], settings: Mapping[str, Row]) -> dict[str, Any]:
     """Lines over budgets, or bars."""
-    name = namer(rows)
+    name = told_apart(rows, namer(rows), settings)
     lines: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         lines.setdefault(name(row), {}).setdefault(abscissa(row), []).append(row)
@@ -88,12 +91,31 @@ def namer(rows: list[Row]) -> Callable[[Row], str]:
     varies = [key for key in SERIES_KEYS if len({str(row.get(key)) for row in rows}) > 1]
 
     def name(row: Row) -> str:
-        words = [str(row[key]) for key in varies if key in ("model", "name", "policy", "rows") and row.get(key)]
+        words = [str(row[key]) for key in varies if key not in COUNTED and row.get(key)]
         if "num_draft_tokens" in varies and row.get("num_draft_tokens") is not None:
             words.append(f"{row['num_draft_tokens']} drafts")
         return ", ".join(words) or str(row.get("policy") or row.get("name") or row["record"])
 
     return name
+
+
+def told_apart(rows: list[Row], name: Callable[[Row], str], settings: Mapping[str, Row]) -> Callable[[Row], str]:
+    """`name`, with the settings that differ between rows of one name and budget behind it."""
+    cells: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((name(row), abscissa(row)), []).append(settings.get(row["record"], {}))
+    differing = dict.fromkeys(
+        key
+        for cell in cells.values()
+        for key in dict.fromkeys(k for own in cell for k in own)
+        if len({json.dumps(own.get(key)) for own in cell}) > 1
+    )
+
+    def longer(row: Row) -> str:
+        own = settings.get(row["record"], {})
+        return ", ".join([name(row), *(f"{key.rpartition('.')[2]} {own.get(key)}" for key in differing)])
+
+    return longer
 
 
 def point(measure: Measure, x: float, rows: list[Row]) -> dict[str, Any]:

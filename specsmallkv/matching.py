@@ -75,7 +75,7 @@ class HeadMap:
         count = max(1, AT_ONCE // (num_heads * rows[0].numel()))
         blocks = column_blocks(rows)
         for start in range(0, num_layers, count):
-            predicted = self._mixer(start, start + count)(blocks).view(-1, num_heads, *rows.shape[1:])
+            predicted = self._mixer(start, min(start + count, num_layers))(blocks).view(-1, num_heads, *rows.shape[1:])
             if self.history_weights is not None and history is not None:
                 own = self.history_weights[start : start + count]
                 for layer, head in own.nonzero().tolist():  # few; all others would be read and written for nothing

@@ -67,6 +67,8 @@ def check_types(target: type | None, node: Any, group: str) -> None:
             continue
         if kind in kinds and type(value) is not kind:
             raise UserError(f"{group}.{key}={value} is not {kinds[kind]}; give {kinds[kind]}.")
+        if kind == (str | None) and value is not None and not isinstance(value, str):
+            raise UserError(f"{group}.{key}={value} is not text; give it in quotes, or null.")
         if str(kind).startswith("list") and (isinstance(value, str) or not isinstance(value, list | ListConfig)):
             raise UserError(f"{group}.{key}={value} is not a list; write [{value}].")
 

@@ -113,7 +113,9 @@ def write_record(record: Mapping[str, Any], directory: str | Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A file that is there whole or not at all, with the directories above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as partial:
         try:
             partial.write(text)
             partial.close()

@@ -6,6 +6,7 @@ A record is one row, or one per entry of its `results` (fidelity, retrieval, ben
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ MEASURED = (
 OF_THE_RECORD = ("task", "model", "speculation", "num_draft_tokens", "seed", "dtype", "device", "device_name", "error")
 SURROUNDINGS = ("versions", "git_hash", "device_name")
 NOT_SETTINGS = ("run_dir", "quiet", "resume", "report", "trace")
+# What a row shows by itself, and what is averaged over: runs that differ in nothing else are one setting.
+NOT_A_SETTING = re.compile(
+    r"seed|prompt|(prompt|prompts|messages)_file|policy\.(name|kv_budget|_target_)|speculation\.(name|num_draft_tokens)"
+    r"|task\.(text_files?|offset|data_path|policies|kv_budgets|systems)"
+)
 MEBIBYTE = 2**20
 
 
@@ -45,6 +51,11 @@ class Collection:
     @property
     def failed(self) -> dict[str, str]:
         return {path: record["error"] for path, record in self.records.items() if record.get("error")}
+
+    @property
+    def settings(self) -> dict[str, Row]:
+        """By the name that rows have of their record: its settings, but for what a row shows or is averaged over."""
+        return {name_of(path): setting_of(record["config"]) for path, record in self.records.items()}
 
 
 def collect(directory: Path) -> Collection:
@@ -112,6 +123,11 @@ def flat(config: Any, prefix: str = "") -> Row:
     for key, value in config.items():
         found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return found
+
+
+def setting_of(config: Any) -> Row:
+    found = flat(config or {})
+    return {k: v for k, v in found.items() if k not in NOT_SETTINGS and not NOT_A_SETTING.fullmatch(k)}
 
 
 def differences(records: Mapping[str, Mapping[str, Any]]) -> tuple[Row, dict[str, Row]]:

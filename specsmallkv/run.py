@@ -38,9 +38,13 @@ def run(composed: DictConfig) -> None:
         try:
             record = execute(composed) if point is None else execute_point(composed)
         except Exception as error:
-            if point is not None and not isinstance(error, BrokenPipeError):
+            if point is None and explain(error) is not None:  # a bug's configuration is worth keeping
+                sweep.forget(Path(HydraConfig.get().runtime.output_dir))
+            elif not isinstance(error, BrokenPipeError) and point is not None:
                 record_failure(composed, error)
             raise
+        if point is None and composed.run_dir is not None:
+            sweep.forget(Path(HydraConfig.get().runtime.output_dir))
         if record["interrupted"]:
             raise KeyboardInterrupt
 
@@ -76,7 +80,7 @@ def record_failure(composed: DictConfig, error: Exception) -> None:
         settings = asked_for(cast(RunConfig, composed)) | identity(plain)
     record = failure(plain, settings, explain(error) or f"{type(error).__name__}: {error}")
     with suppress(UserError):  # the disk may be full: the error itself is reported in any case
-        write_record(record, plain.get("run_dir") or run_directory(record["config_hash"]))
+        write_record(record, run_directory(record["config_hash"]))
 
 
 def identity(plain: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +92,11 @@ def identity(plain: dict[str, Any]) -> dict[str, Any]:
 def run_directory(hash_: str | None) -> Path:
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     return output_dir if _point() is None or hash_ is None else sweep.directory_of(output_dir, hash_)
+
+
+def refuse_one_directory(run_dir: str | None) -> None:
+    if run_dir is not None and _point() is not None:
+        raise UserError(f"run_dir={run_dir} is one place for all points of a sweep; set hydra.sweep.dir=DIR instead.")
 
 
 def resolved(composed: DictConfig) -> dict[str, Any]:
@@ -123,6 +132,7 @@ def to_objects(composed: DictConfig) -> tuple[RunConfig, dict[str, Any]]:
     refuse_several_options(HydraConfig.get().runtime.choices)
     config = cast(RunConfig, OmegaConf.to_object(composed))
     plain = resolved(composed)
+    refuse_one_directory(config.run_dir)
     config.run_dir = config.run_dir or str(run_directory(config_hash(plain)))
     check(config)
     return config, plain
@@ -147,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     sweep.current = sweep.Sweep()
     with one_voice() as silenced:
         code = run_command_line(run, [*(sys.argv[1:] if argv is None else argv), *silenced])
+    if code and not sweep.current.ended and sweep.current.directory is not None:
+        sweep.forget(sweep.current.directory)
     return code or int(sweep.current.elsewhere and sweep.current.failed > 0)
 
 

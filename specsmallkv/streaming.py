@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .errors import UserError
+
 UNFINISHED = "\ufffd"  # what a tokenizer decodes a split character to
 
 
 class TextStream:
     """Feed tokens, get the text that is certain by now. `text` is all of it, `stopped` tells that a stop string came.
 
-    Text that may be the beginning of a stop string is held back until it is clear that it is not one.
+    Text that may be the beginning of a stop string is held back until it is clear that it is not one. stop: one such
+    string or several; UserError for an empty one.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(self.stop):
+            raise UserError(f"stop={list(self.stop)} holds an empty string, which ends every text; leave it out.")
         self.text, self.stopped = "", False
         self._context: list[int] = []  # tokens already shown, kept because decoding depends on the left neighbour
         self._pending: list[int] = []

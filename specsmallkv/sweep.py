@@ -23,6 +23,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+HYDRAS_OWN = {".hydra", "multirun.yaml"}
 FAILED = ".failed"  # directory in a sweep's, with an empty file for each of its points that failed
 
 
@@ -31,7 +32,7 @@ class Sweep:
     """One process's sweep. total: its points, None if they cannot be counted; known: records by hash, once read.
 
     known belongs to one start of one sweep's directory: a launcher's process may live through several.
-    elsewhere: points ran in other processes, of which this one sees the failed ones' marks.
+    elsewhere: points ran in other processes, of which this one sees the failed ones' marks. directory: of the records.
     """
 
     total: int | None = None
@@ -42,6 +43,7 @@ class Sweep:
     known: dict[str, Path] = field(default_factory=dict)
     known_of: tuple[Path, int] | None = None
     elsewhere: bool = False
+    directory: Path | None = None
 
     def finished(self, directory: Path, config_hash: str) -> Path | None:
         """The record of this configuration in the sweep's directory, if there is one."""
@@ -89,7 +91,8 @@ class Progress(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
-        current = Sweep(count_points(config))
+        current = Sweep(directory=Path(config.hydra.sweep.dir))
+        current.total = count_points(config)
         shutil.rmtree(Path(config.hydra.sweep.dir) / FAILED, ignore_errors=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -128,6 +131,13 @@ def directory_of(output_dir: Path, config_hash: str) -> Path:
     """
     there = read_record(output_dir / "record.json").get("config_hash", config_hash)
     return output_dir if there == config_hash else output_dir.with_name(f"{output_dir.name}-{config_hash}")
+
+
+def forget(directory: Path) -> None:
+    """Remove what Hydra wrote ahead of a run that left nothing else there; never anybody's results."""
+    with suppress(OSError):
+        if {path.name for path in directory.iterdir()} <= HYDRAS_OWN:
+            shutil.rmtree(directory)
 
 
 def is_finished(record: dict[str, Any]) -> bool:

@@ -179,6 +179,20 @@ def test_paths_arrive_verbatim(path):
     assert {key: attrgetter(key)(config) for key in keys} == dict.fromkeys(keys, path)
 
 
+def test_paths_that_are_named_otherwise_and_a_system_message_arrive_verbatim_too():
+    for key in (
+        "task.dir",
+        "task.output",
+        "task.start_from",
+        "model.head_map",
+        "speculation.cost_table",
+        "task.system",
+    ):
+        assert quote_override(f"{key}=it's a,b") == rf"{key}='it\'s a,b'"
+    assert quote_override("task.system=null") == "task.system=null"
+    assert quote_override("hydra.sweep.dir=${now:%Y}") == "hydra.sweep.dir=${now:%Y}"
+
+
 def test_a_path_may_still_be_unset_quoted_or_swept():
     assert composed("model.draft=null").model.draft is None
     assert composed("model.target='/a b'").model.target == "/a b"
@@ -397,9 +411,22 @@ def test_runs_go_to_directories_named_after_model_and_policy(run, tmp_path):
     assert all(name.startswith("tiny-random-full-") for name in names)
 
 
-def test_run_dir_says_where_the_record_goes(run, tmp_path):
+def test_run_dir_says_where_the_record_goes_and_leaves_no_other_directory(run, tmp_path):
     run(f"run_dir={tmp_path}/my, results")
     assert (tmp_path / "my, results" / "record.json").is_file()
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+@pytest.mark.parametrize("argv", [["temperature=-1"], ["-m", "policy=full,nope"], ["-m", "seed=1,2", "seed=[1"]])
+def test_a_run_that_is_refused_leaves_nothing_behind(run, tmp_path, argv):
+    code, _, _ = run(*argv, policy=None if "-m" in argv else "policy=full")
+    assert code == 2
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_a_bug_leaves_its_configuration(run, tmp_path):
+    run("task.fail=bug")
+    assert list(tmp_path.glob("outputs/*/.hydra/config.yaml"))
 
 
 def test_a_record_that_cannot_be_written_is_still_printed(run):
@@ -420,6 +447,15 @@ def test_a_failed_write_leaves_the_old_record_and_no_debris(tmp_path, monkeypatc
         write_record({"a": 2}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
     assert json.loads((tmp_path / "record.json").read_text()) == {"a": 1}
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    code = (
+        "import sys; from specsmallkv.record import write_whole, Path; write_whole(Path(sys.argv[1]), chr(0x65e5))"
+    )
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], env=plain, check=True)
+    assert (tmp_path / "x").read_text(encoding="utf-8") == "日"
 
 
 def test_records_hold_plain_finite_data():

@@ -1,6 +1,7 @@
 """A distilled draft: losses, exact resume, what is saved, and the target's own answers."""
 
 import dataclasses
+import json
 from xml.etree import ElementTree
 
 import pytest
@@ -143,6 +144,21 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run(trainer(), 1).save(tmp_path / "checkpoint.safetensors")
     with pytest.raises(UserError, match="other settings"):
         trainer(lr=1e-4).load(tmp_path / "checkpoint.safetensors")
+
+
+def test_a_checkpoint_of_another_target_is_refused(tmp_path):
+    run(trainer(), 1).save(tmp_path / "checkpoint.safetensors")
+    other = trainer()
+    other.target = tiny_model("llama", seed=2)
+    with pytest.raises(UserError, match="other settings"):
+        other.load(tmp_path / "checkpoint.safetensors")
+
+
+def test_a_run_from_the_start_has_a_curve_of_its_own(tmp_path):
+    for _ in range(2):
+        train(trainer(), tmp_path, lambda step, losses: None, lambda: None)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, trainer().steps + 1))
 
 
 def test_training_to_the_end_checkpoints_and_reports_every_step(tmp_path):

@@ -189,6 +189,16 @@ def test_policies_side_by_side_answer_as_each_alone(lm, policy):
     assert together.generate_until(written) == lm(policy, 0.3).generate_until(written)
 
 
+def test_a_request_that_is_cut_counts_once_whatever_the_number_of_policies(lm):
+    from specsmallkv.tasks.lm_eval_model import PolicyLM
+
+    first = lm("snapkv", kv_budget=0.5, others=["full"])
+    too_long = requests(("long " * 120, " yes"))
+    for number in range(2):
+        PolicyLM(first.answers, number).loglikelihood(too_long)
+    assert first.answers.truncated == 1
+
+
 def test_a_policy_reads_a_short_context_as_a_generation_would(lm):
     """The head map of a context too short to compress is fitted when the first eviction is due."""
     model = lm("specsmallkv", 0.2, gold=True)

@@ -50,6 +50,13 @@ def test_a_mixture_recovers_mixed_heads_better_than_one_head_can():
     assert (mixture.similarity > one_hot.similarity + 0.05).all()
 
 
+def test_longer_and_longer_rows_leave_no_copies_of_the_weights_behind():
+    head_map = fit(random_rows(M), [random_rows(6, seed=9)] * 3, "mixture")
+    for length in range(1, 40):
+        list(head_map.predictions(torch.rand(M, 1, length)))
+    assert len(head_map._mixers) == 1
+
+
 @pytest.mark.parametrize("method", ["one_hot", "mixture"])
 def test_predictions_are_distributions(method):
     head_map = fit(random_rows(M), [random_rows(6, seed=9)], method)

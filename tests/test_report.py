@@ -113,6 +113,28 @@ def test_seeds_are_one_bar_with_their_range(directory):
     assert ("generate", "kl_mean") not in found
 
 
+def test_runs_of_other_settings_are_lines_of_their_own_and_say_what_differs(tmp_path):
+    def keep(number, kl_mean, **settings):
+        kept = record("fidelity", seed=number, kl_mean=kl_mean)
+        kept["config"] |= settings
+        (tmp_path / f"{number}.json").write_text(json.dumps(kept))
+
+    for number, length in enumerate((512, 512, 2048)):
+        keep(number, 1.0 + number, task={"name": "fidelity", "context_tokens": length, "offset": number})
+    found = collect(tmp_path)
+    [figure] = [own for own in figures(found.rows, found.settings) if own["key"] == "kl_mean"]
+    bars = {bar["name"]: (bar["y"], bar["count"]) for bar in figure["bars"]}
+    assert bars == {"snapkv, context_tokens 512": (1.5, 2), "snapkv, context_tokens 2048": (3.0, 1)}
+
+
+def test_kinds_of_speculation_are_lines_of_their_own():
+    rows = [
+        row for kind in ("draft", "none") for row in rows_of(kind, record(speculation=kind, tokens_per_second=1.0))
+    ]
+    [figure] = figures(rows)
+    assert {bar["name"] for bar in figure["bars"]} == {"draft", "none"}
+
+
 def test_settings_that_differ_are_told_from_those_that_all_share(directory):
     common, differing = differences(collect(directory).records)
     assert common == {"policy.kv_budget": 0.2}

@@ -195,13 +195,17 @@ def test_distill_refuses_what_it_cannot_use(run, tmp_path, text_file, override, 
 
 def test_distill_keeps_answers_that_were_written_whole(tmp_path):
     path = tmp_path / "answers.jsonl"
-    lines = [json.dumps({"prompt_ids": [number], "answer_ids": [1, number]}) + "\n" for number in range(3)]
+    by = {"target": "a", "seed": 0, "temperature": 0.8}
+    lines = [json.dumps(by | {"prompt_ids": [number], "answer_ids": [1, number]}) + "\n" for number in range(3)]
     path.write_text("".join(lines)[:-5])  # killed while it wrote the last line
-    assert distill.read_answers(path) == {(0,): [1, 0], (1,): [1, 1]}
+    assert distill.read_answers(path, by) == {(0,): [1, 0], (1,): [1, 1]}
+    assert path.read_text() == "".join(lines[:2])
+    for other in ({"target": "b"}, {"seed": 1}, {"temperature": 0.0}):
+        assert distill.read_answers(path, by | other) == {}  # they are not its own
     assert path.read_text() == "".join(lines[:2])
     path.write_text("[]\n")
     with pytest.raises(UserError, match="holds no answers"):
-        distill.read_answers(path)
+        distill.read_answers(path, by)
 
 
 def test_a_damaged_checkpoint_is_one_sentence(run, tmp_path, text_file):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from specsmallkv.errors import UserError
 from specsmallkv.streaming import TextStream
 from specsmallkv.tokenizer import byte_tokenizer
 
@@ -29,6 +30,13 @@ def test_pieces_join_to_the_text_and_split_no_character():
 def test_text_ends_before_the_first_stop_string(stop, expected):
     text_stream, pieces = stream(TEXT, stop)
     assert text_stream.stopped and "".join(pieces) == text_stream.text == expected
+
+
+def test_a_stop_string_may_come_without_a_list_and_an_empty_one_is_refused():
+    text_stream, _ = stream("so ST it STOPs", "STOP")
+    assert text_stream.text == "so ST it "
+    with pytest.raises(UserError, match="empty string"):
+        stream("a", ["b", ""])
 
 
 def test_a_beginning_of_a_stop_string_that_never_completes_is_not_lost():

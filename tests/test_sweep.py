@@ -98,6 +98,13 @@ def test_a_sweep_with_another_value_keeps_every_record(tmp_path, capfd):
     assert sorted(row[2] for row in after.values()) == [1, 2, 3]
 
 
+def test_one_directory_for_all_points_is_refused_before_one_overwrites_another(tmp_path, capsys):
+    assert sweep(tmp_path / "sweep", "policy=snapkv", "seed=1,2", f"run_dir={tmp_path}/one") == 2
+    assert capsys.readouterr().err.count("is one place for all points of a sweep; set hydra.sweep.dir=DIR") == 2
+    assert not (tmp_path / "one").exists()
+    assert [error is not None for *_, error in results(tmp_path / "sweep").values()] == [True, True]
+
+
 def test_resume_can_be_turned_off(tmp_path, capfd):
     assert sweep(tmp_path, "policy=snapkv", "seed=1") == 0
     [path] = tmp_path.rglob("record.json")

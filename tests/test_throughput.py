@@ -100,6 +100,15 @@ def test_bytes_follow_from_the_models_sizes(record):
     assert 0 == full["recall_ms"] < lookahead["recall_ms"] <= lookahead["phase_ms"]["plan"]
 
 
+def test_a_draft_that_waits_for_an_eviction_counts_with_its_bytes(tmp_path):
+    """160 tokens and 12 new ones: no eviction comes, so it reads the prompt and nothing else."""
+    name = "smallkv:marginal_share=0"
+    rows = run(tmp_path, f"task.systems=['{name}',snapkv]", "task.context_tokens=160", "task.repeats=1")
+    waiting, without = row(rows, name), row(rows, "snapkv")
+    assert waiting["draft_kv_bytes"] > 0 < waiting["draft_weight_bytes"]
+    assert without["draft_kv_bytes"] == without["draft_weight_bytes"] == 0
+
+
 def test_the_runs_own_system_stands_at_the_top(record):
     own = row(record, "specsmallkv+draft")
     assert record["tokens_per_second"] == own["tokens_per_second"] and record["text"] == own["text"]

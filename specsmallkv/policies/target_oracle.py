@@ -1,4 +1,4 @@
-"""The upper bound: a policy that looks at the very attention which it is to foresee."""
+"""For analysis: a policy that looks at the very attention which the others are to foresee."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from .evidence import Evidence
 
 @dataclass(kw_only=True)
 class Oracle(Policy):
-    """Chooses by the target's own attention of the coming verify block: an upper bound, at twice the work.
+    """Chooses by the target's own attention of the coming verify block: what a choice can reach, at twice the work.
 
     removed_from: share of the candidates, the most attended first, behind which removal begins; 1 removes the least
     attended, less asks what the tokens of a middle rank are worth (paper: Fig. 2, marginal tokens).

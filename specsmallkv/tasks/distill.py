@@ -85,13 +85,13 @@ class DistillTask:
     def run(self, config: RunConfig) -> dict[str, Any]:
         if self.output_dir is None or not self.text_files:
             raise UserError("task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both.")
-        output = Path(self.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
+        output = Path(self.output_dir).expanduser()
         display = Display(config.quiet)
         with display.waiting("loading the model"):
             pair = load_pair(replace(config.model, linear="torch", compile=None), need_draft=False, quiet=config.quiet)
         refuse_windows("task=distill", pair.target.config)
         texts = [tokens_of(pair, "task.text_files", path) for path in self.text_files]
+        output.mkdir(parents=True, exist_ok=True)
         settings = self._settings(config.seed, self._layers(pair, texts[0]))
         talks = self._conversations(pair, output / "answers.jsonl", config.seed, display) if self.prompts_file else []
         draft = build_draft(pair.target, settings.layers, self._head(pair, [texts, talks]))
@@ -195,7 +195,8 @@ class DistillTask:
             raise UserError(
                 f"task.prompts_file={self.prompts_file} has no prompt below {PROMPT_LIMIT} tokens; give shorter ones."
             )
-        done = read_answers(path)
+        made_by = {"target": fingerprint(pair.target), "seed": seed, "temperature": self.temperature}
+        done = read_answers(path, made_by)
         prompts.sort(key=lambda ids: (len(ids), ids))
         for start in range(0, len(prompts), ANSWER_BATCH):
             batch = prompts[start : start + ANSWER_BATCH]
@@ -204,7 +205,7 @@ class DistillTask:
             heat = [0.0 if i % 5 < 2 else self.temperature for i in range(len(batch))]
             generator = torch.Generator().manual_seed(seed * 1000 + start)
             answers = sample_batch(pair.target, batch, heat, ANSWER_TOKENS, pair.eos_token_ids, generator)
-            rows = [{"prompt_ids": p, "answer_ids": a} for p, a in zip(batch, answers, strict=True)]
+            rows = [made_by | {"prompt_ids": p, "answer_ids": a} for p, a in zip(batch, answers, strict=True)]
             with path.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
             done |= {tuple(prompt): answer for prompt, answer in zip(batch, answers, strict=True)}
@@ -284,16 +285,17 @@ def shuffled(prompts: list[list[int]], seed: int) -> list[list[int]]:
     return [prompts[i] for i in order.tolist()]
 
 
-def read_answers(path: Path) -> dict[tuple[int, ...], list[int]]:
-    """The answers of an earlier run; a kill may have cut the last line."""
+def read_answers(path: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], list[int]]:
+    """What an earlier run of the same target, seed and temperature got; a kill may have cut the last line."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     try:
         rows = [json.loads(line) for line in whole]
-        answers = {tuple(row["prompt_ids"]): row["answer_ids"] for row in rows}
-    except (ValueError, KeyError, TypeError):
+        own = [row for row in rows if {key: row.get(key) for key in made_by} == made_by]
+        answers = {tuple(row["prompt_ids"]): row["answer_ids"] for row in own}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path} holds no answers of an earlier run; remove it or set another task.output_dir."
         ) from None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -75,9 +75,7 @@ class LMEvalTask:
             spec.render([{"role": "user", "content": "?"}], True)  # refuses a tokenizer without a template
 
         path = rows_path(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            results, truncated = self._answer(spec, policies, manager, tasks, config, file)
+        results, truncated = self._answer(spec, policies, manager, tasks, config, path)
         display.lm_eval(results)
         figures = {"text": None, "results": results, "examples_file": str(path), "truncated": truncated}
         return setting_figures(config, spec) | headline(results, chosen) | figures
@@ -89,9 +87,9 @@ class LMEvalTask:
         manager: Any,
         tasks: list[Any],
         config: RunConfig,
-        file: TextIO,
+        path: Path,
     ) -> tuple[list[dict[str, Any]], int]:
-        """The rows of all policies, and how many requests were cut."""
+        """The rows of all policies, and how many requests were cut; samples go to `path`, policy by policy."""
         from .lm_eval_model import Answers, PolicyLM
 
         results: list[dict[str, Any]] = []
@@ -103,7 +101,7 @@ class LMEvalTask:
                 setting = {"policy": policy.name, "kv_budget": policy.kv_budget}
                 own = figures_of(answers, number)
                 results += [setting | row | own for row in rows_of(found)]
-                write_samples(file, found, setting)
+                write_samples(path, "a" if number else "w", found, setting)
         return results, answers.truncated
 
     def _evaluate(self, model: Any, tasks: list[Any], manager: Any, config: RunConfig) -> dict[str, Any]:
@@ -223,10 +221,12 @@ def figures_of(answers: Any, number: int) -> dict[str, Any]:
     }
 
 
-def write_samples(file: TextIO, found: dict[str, Any], setting: dict[str, Any]) -> None:
-    for name, samples in found.get("samples", {}).items():
-        for sample in samples:
-            file.write(json.dumps(setting | {"name": name} | sample, ensure_ascii=False, default=str) + "\n")
+def write_samples(path: Path, mode: str, found: dict[str, Any], setting: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode, encoding="utf-8") as file:
+        for name, samples in found.get("samples", {}).items():
+            for sample in samples:
+                file.write(json.dumps(setting | {"name": name} | sample, ensure_ascii=False, default=str) + "\n")
 
 
 def one_line(error: BaseException) -> str:

@@ -62,9 +62,12 @@ class Answers:
 
     # --- log-likelihoods -------------------------------------------------------------------------------------------
 
-    def likelihoods(self, pairs: list[Pair]) -> list[list[Likelihood]]:
-        """Per pair, one for each policy; pairs with the same context share its reading."""
-        asked = [self._fitted(*pair) for pair in pairs]
+    def likelihoods(self, pairs: list[Pair], counts: bool = True) -> list[list[Likelihood]]:
+        """Per pair, one for each policy; pairs with the same context share its reading.
+
+        counts: whether those that are cut count as `truncated`; the policies ask for the same ones in turn.
+        """
+        asked = [self._fitted(*pair, counts) for pair in pairs]
         groups: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
         for context, continuation in asked:
             if (context, continuation) not in self._known:
@@ -73,7 +76,9 @@ class Answers:
             self._read(context, list(continuations))
         return [self._known[pair] for pair in asked]
 
-    def _fitted(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _fitted(
+        self, context: list[int], continuation: list[int], counts: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Cut from the left to what the models can read; the last token is never read."""
         excess = max(0, len(context) + len(continuation) - self.max_length - 1)
         if excess >= len(context):
@@ -81,7 +86,7 @@ class Answers:
                 f"task=lm_eval has to score {len(continuation)} tokens at once, more than the context window of "
                 f"{self.max_length} tokens; leave that task out, or use a pair with a longer window."
             )
-        self.truncated += bool(excess)
+        self.truncated += counts and excess > 0
         return tuple(context[excess:]), tuple(continuation)
 
     def _read(self, context: tuple[int, ...], continuations: list[tuple[int, ...]]) -> None:
@@ -200,7 +205,8 @@ class PolicyLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Likelihood]:
-        return self._own(self.answers.likelihoods([(context, follows) for _, context, follows in requests]))
+        pairs = [(context, follows) for _, context, follows in requests]
+        return self._own(self.answers.likelihoods(pairs, counts=self.number == 0))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Whole texts, cut into windows as the harness cuts them for its own models."""
@@ -209,7 +215,8 @@ class PolicyLM(TemplateLM):
     def _window_likelihoods(self, text: str) -> list[Likelihood]:
         tokens = self.tok_encode(text)
         windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-        return self._own(self.answers.likelihoods([make_disjoint_window(window) for window in windows]))
+        pairs = [make_disjoint_window(window) for window in windows]
+        return self._own(self.answers.likelihoods(pairs, counts=self.number == 0))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         pairs = [request.args for request in requests]

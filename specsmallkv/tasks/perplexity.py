@@ -127,7 +127,7 @@ class PerplexityTask:
     def _windows(self, spec: SpecSmallKV, text: str) -> list[list[int]]:
         """As many windows as are asked for and the text has, one behind the other."""
         ids = spec.pair.tokenizer(text, add_special_tokens=False)["input_ids"]
-        size = self.context_tokens + self.eval_tokens
+        size = self.context_tokens + self.eval_tokens + 1  # the token behind the prompt comes from its own logits
         spec.check_length(ids[: self.context_tokens], self.eval_tokens)
         windows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)][: self.num_examples]
         if not windows:

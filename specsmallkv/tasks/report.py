@@ -70,7 +70,7 @@ def study(collection: Collection, directory: str) -> dict[str, Any]:
         "rows": len(collection.rows),
         "failed": collection.failed,
         "interrupted": [path for path, record in collection.records.items() if record.get("interrupted")],
-        "figures": figures(collection.rows),
+        "figures": figures(collection.rows, collection.settings),
         "tables": [table(task, rows) for task, rows in by_task(collection.rows).items()],
         "surroundings": [found | {"records": count} for found, count in surroundings(collection.records.values())],
         "common": common,

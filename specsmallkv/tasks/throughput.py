@@ -258,7 +258,7 @@ class ThroughputTask:
     def _row(self, measured: Measured, spec: SpecSmallKV, machine: Machine) -> dict[str, Any]:
         """One system's figures; counts are those of its last repeat, since greedy repeats do the same."""
         system, last, pair = measured.system, measured.runs[-1], spec.pair
-        uses_draft = last.steps > 0
+        uses_draft = last.steps > 0 or any(sequence.draft is not None for sequence in last.sequences)
         row = {"name": system.name, "repeats": len(measured.runs), "new_tokens": last.num_tokens}
         for key, clock in (("tokens_per_second", "seconds"), ("tokens_per_cpu_second", "cpu_seconds")):
             rates = measured.rate(clock)
