@@ -29,9 +29,9 @@ def branch(decoder: "Decoder", base: Sequence) -> Sequence:
     own, oracle = sequence.evidence.oracle, base.evidence.oracle
     window = min(decoder.policy.num_observed, base.target.seen)
     sequence.evidence = base.evidence.fork(decoder.policy.reads_mass, decoder.policy.reads_last)
-    queries = base.evidence.queries
+    queries = base.evidence.queries if decoder.policy.due(base.target.seen) else {}  # else read at the first eviction
     sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
-    if own is not None and oracle is not None and oracle.head_map is not None:
+    if queries and own is not None and oracle is not None and oracle.head_map is not None:
         if queries[0].shape[2] == window and oracle.num_sinks == decoder.policy.num_sink_tokens:
             own = oracle.share(decoder.policy.matching, own.prior, decoder.policy.lookahead)
         else:
@@ -42,6 +42,11 @@ def branch(decoder: "Decoder", base: Sequence) -> Sequence:
     decoder.foresee(sequence)
     decoder.evict(sequence, after_prefill=True)
     return sequence
+
+
+def first_logits(branched: Sequence, shared: Tensor) -> Tensor:
+    """(V,) of the prompt's last token: a branch that read the prompt itself has its own, else those of the base."""
+    return shared if branched.logits is None else branched.logits[-1]
 
 
 def _observe_end(decoder: "Decoder", base: Sequence, oracle: AttentionOracle, queries: dict[int, Tensor]) -> None:

@@ -86,11 +86,21 @@ ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
 def check(config: RunConfig) -> None:
     """Raise a UserError for the first value that no run can use; warn of one that this run does not use."""
-    for valid, key, value, remedy in (*_model_rules(config.model), *_run_rules(config)):
-        if not valid:
-            raise UserError(f"{key}={value!r} is not possible; {remedy}.")
+    check_model_settings(config.model)
+    _refuse(_run_rules(config))
     _check_combinations(config)
     _warn_of_greedy_sampling(config)
+
+
+def check_model_settings(model: ModelConfig) -> None:
+    """Raise a UserError for the first setting that no pair of models can have."""
+    _refuse(_model_rules(model))
+
+
+def _refuse(rules: Iterator[Rule]) -> None:
+    for valid, key, value, remedy in rules:
+        if not valid:
+            raise UserError(f"{key}={value!r} is not possible; {remedy}.")
 
 
 def _model_rules(model: ModelConfig) -> Iterator[Rule]:

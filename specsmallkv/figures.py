@@ -49,7 +49,7 @@ def figures(rows: list[Row], settings: Mapping[str, Row] | None = None) -> list[
         for measure in MEASURES:
             having = [row for row in own if row.get(measure.key) is not None]
             if having:
-                found.append({"task": task} | figure(measure, having, settings or {}))
+                found.append({"task": task} | figure(measure, having, settings))
     return found
 
 
@@ -59,9 +59,9 @@ def means_alone(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["record"] not in averaged or row.get("text") == MEAN]
 
 
-def figure(measure: Measure, rows: list[Row], settings: Mapping[str, Row]) -> dict[str, Any]:
+def figure(measure: Measure, rows: list[Row], settings: Mapping[str, Row] | None = None) -> dict[str, Any]:
     """Lines over budgets, or bars."""
-    name = told_apart(rows, namer(rows), settings)
+    name = told_apart(rows, namer(rows), settings or {})
     lines: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         lines.setdefault(name(row), {}).setdefault(abscissa(row), []).append(row)

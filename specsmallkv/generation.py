@@ -94,8 +94,8 @@ class Generation:
 
     def _rounds(self) -> Iterator[Round]:
         spec, settings = self.spec, self.settings
-        if self.reused_tokens and self._state != NEW:
-            raise UserError("A generation that continues another runs once, since it changes the caches it was given.")
+        if self._state != NEW:
+            raise UserError("A generation runs once, and this one has begun; call stream or generate again.")
         self._state, continued, self._continued = RUNNING, self._continued, None
         rounds = spec.decoder(settings.sampler).generate(
             self.prompt_ids, settings.max_new_tokens, self.stop_ids, settings.seed, settings.compress_after, continued

@@ -38,6 +38,15 @@ def refuse_unsupported(generation_config: Any, input_ids: torch.Tensor, logits_p
         raise UserError(f"custom_generate got a batch of {input_ids.shape[0]}; give one sequence at a time.")
 
 
+def refuse_other_inputs(model_kwargs: dict[str, Any]) -> None:
+    """Masks that hide tokens and embeddings in the place of ids; transformers leaves out a mask that hides none."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise UserError("attention_mask hides tokens, which this generator does not do; leave the padding out.")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise UserError("inputs_embeds is not supported by this generator; give input_ids.")
+
+
 def sampler_of(generation_config: Any) -> Sampler:
     if not generation_config.do_sample:
         return Sampler()

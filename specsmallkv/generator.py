@@ -20,7 +20,7 @@ from .decode import Decoder
 from .errors import UserError
 from .generation import Generation, GenerationSettings
 from .generation_batch import GenerationBatch, settings_of_each
-from .generation_config import eos_ids, refuse_unsupported, sampler_of
+from .generation_config import eos_ids, refuse_other_inputs, refuse_unsupported, sampler_of
 from .models import ModelPair, load_pair
 from .policies import Policy
 from .prefill import check_prefill
@@ -245,6 +245,7 @@ class SpecSmallKV:
         if model is not self.pair.target:
             raise UserError("custom_generate was called on another model; call it on spec.pair.target.")
         refuse_unsupported(generation_config, input_ids, logits_processor)
+        refuse_other_inputs(model_kwargs)
         prompt = input_ids[0].tolist()
         self.check_length(prompt, generation_config.max_length - len(prompt))
         sampler, seed = sampler_of(generation_config), int(torch.randint(2**63 - 1, ()))

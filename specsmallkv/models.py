@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import random_model, tensor_parallel
 from .compiled import check_compile, compile_pair
-from .config import DTYPES, ModelConfig
+from .config import DTYPES, ModelConfig, check_model_settings
 from .errors import UserError
 from .linear import Packed, can_pack, choose_linear, pack_linears
 from .matching import HeadMap
@@ -79,6 +79,7 @@ class ModelPair:
 
 
 def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> ModelPair:
+    check_model_settings(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, config.linear)
     split = config.device == tensor_parallel.DEVICE

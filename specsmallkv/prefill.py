@@ -79,7 +79,7 @@ def read_within_budget(decoder: "Decoder", sequence: "Sequence") -> Tensor:
 def branch_within_budget(decoder: "Decoder", base: "Sequence") -> "Sequence":
     """`Decoder.branch` where the target has to read the prompt itself; the draft's cache and rows are the base's."""
     sequence = decoder.start(base.tokens, base.limit - len(base.tokens))
-    read_within_budget(decoder, sequence)
+    sequence.logits = read_within_budget(decoder, sequence).unsqueeze(0)
     if base.draft is not None and decoder.draft_model is not None:
         sequence.draft = base.draft
     if sequence.evidence.oracle is not None and base.evidence.oracle is not None:

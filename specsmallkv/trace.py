@@ -107,7 +107,7 @@ class Trace:
             "round": len(self.rows),
             "position": len(sequence.tokens) - len(tokens),
             "tokens": tokens,
-            "text": self.spec.pair.tokenizer.decode(tokens),
+            "text": self.spec.pair.tokenizer.decode(tokens, clean_up_tokenization_spaces=False),
             "drafts": round_.drafts,
             "accepted": min(round_.num_accepted, len(tokens)),
             **self._probabilities(round_, sequence),
@@ -127,7 +127,7 @@ class Trace:
         return {phase: round(ms, 3) for phase, ms in since.items() if ms > 0}
 
     def _probabilities(self, round_: "Round", sequence: "Sequence") -> dict[str, Any]:
-        """Of the models themselves, at temperature 1; of drafts up to the first one that was refused."""
+        """The target's at temperature 1; of drafts up to the first that was refused, the draft's as it drew them."""
         assert sequence.logits is not None, "a round has logits"
         judged = round_.drafts[: round_.num_accepted + 1]
         target = sequence.logits[: len(judged) + 1].softmax(-1)  # the rows behind a refused draft mean nothing

@@ -134,6 +134,19 @@ def test_a_next_turn_begins_behind_the_last_answer_whether_it_ended_by_itself_or
     assert later_text(spec, talk, False) == "\n\n?\n\n"
 
 
+def test_a_template_that_rewrites_answers_changes_nothing_of_what_follows_them(spec, monkeypatch):
+    def render(messages, chat):
+        short = [
+            m["content"].rpartition("</think>")[2] if m["role"] == "assistant" else m["content"] for m in messages
+        ]
+        return "|".join(short) + "|", None
+
+    monkeypatch.setattr(spec, "render", render)
+    talk = [("user", "Is 4 even?"), ("assistant", "<think>well</think>4"), ("user", "And 5?")]
+    talk = [{"role": role, "content": content} for role, content in talk]
+    assert later_text(spec, talk, None) == "|And 5?|"
+
+
 def check_own_keys(name, record):
     """What each benchmark adds to the record."""
     first = record["results"][0]
@@ -388,6 +401,15 @@ def test_a_file_of_rulers_own_is_read_with_its_prefix_apart(tmp_path):
     a, b = task_of("ruler", data_path=str(tmp_path / "niah_multikey_3.jsonl")).read(config(tmp_path))
     assert a == b and a.group == "niah_multikey_3" and a.max_new_tokens == 128
     assert a.question == "What is the special magic uuid for k mentioned?" and a.prefix == new["answer_prefix"]
+
+
+def test_questions_of_rulers_own_files_want_one_of_their_answers_and_a_directory_names_the_task(tmp_path):
+    row = {"input": "Some text.\nQuestion: Who?", "outputs": ["Ann", "Ann B.", "A."], "answer_prefix": " Answer:"}
+    for name, score in (("qa_1", 1), ("cwe", 1 / 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "validation.jsonl").write_text(json.dumps(row))
+        [puzzle] = task_of("ruler", data_path=str(tmp_path / name / "validation.jsonl")).read(config(tmp_path))
+        assert puzzle.group == name and puzzle.judge("It was Ann").score == pytest.approx(score)
 
 
 # The hub

@@ -15,8 +15,9 @@ def talk(tmp_path, monkeypatch, capsys):
     """Type lines: exit code, record, stdout without the record, stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def talk(typed: str, *argv: str):
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    def talk(typed: str | bytes, *argv: str):
+        raw = typed.encode() if isinstance(typed, str) else typed
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
         code = main([*TINY, *argv])
         out, err = capsys.readouterr()
         *text, line = out.splitlines()
@@ -57,6 +58,11 @@ def test_a_turn_that_does_not_fit_is_told_and_forgotten(talk):
     assert (code, len(record["outputs"])) == (0, 2)
     assert err.count("exceed the context window of 32768 tokens; shorten one of them.") == 1
     assert record["outputs"][1]["reused_tokens"] > 0
+
+
+def test_bytes_that_are_no_text_end_nothing(talk):
+    code, record, _, _ = talk(b"caf\xe9?\nna\xc3\xafve\n", "chat=false")
+    assert (code, len(record["outputs"])) == (0, 2)
 
 
 def test_nothing_typed_is_a_record_too(talk):

@@ -450,9 +450,7 @@ def test_a_failed_write_leaves_the_old_record_and_no_debris(tmp_path, monkeypatc
 
 
 def test_files_are_utf8_whatever_the_locale(tmp_path):
-    code = (
-        "import sys; from specsmallkv.record import write_whole, Path; write_whole(Path(sys.argv[1]), chr(0x65e5))"
-    )
+    code = "import sys; from specsmallkv.record import write_whole, Path; write_whole(Path(sys.argv[1]), chr(0x65e5))"
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], env=plain, check=True)
     assert (tmp_path / "x").read_text(encoding="utf-8") == "日"

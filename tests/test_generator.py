@@ -50,6 +50,14 @@ def test_an_interrupted_stream_keeps_what_it_has(spec):
     assert 1 <= stream.figures()["new_tokens"] < 30
 
 
+def test_a_generation_runs_once(spec):
+    stream = spec.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
+    text = "".join(stream)
+    with pytest.raises(UserError, match="runs once"):
+        list(stream)
+    assert stream.text == text and len(stream.token_ids) == 4
+
+
 @pytest.mark.smoke
 def test_custom_generate_equals_transformers_generate_at_budget_one(full):
     ids = torch.tensor([full.encode(PROMPT)])
@@ -78,6 +86,11 @@ def test_custom_generate_refuses_what_it_would_ignore(full, unsupported):
     with pytest.raises(UserError, match="MinLengthLogitsProcessor is not supported by this generator; leave it out"):
         processors = [MinLengthLogitsProcessor(3, 0)]
         full.pair.target.generate(ids, logits_processor=processors, custom_generate=full.custom_generate)
+    hidden = torch.ones_like(ids)
+    hidden[0, :3] = 0
+    with pytest.raises(UserError, match="attention_mask hides tokens"):
+        options = {"attention_mask": hidden, "max_new_tokens": 5}
+        full.pair.target.generate(ids, custom_generate=full.custom_generate, **options)
     with pytest.raises(UserError, match="batch of 2"):
         full.pair.target.generate(ids.repeat(2, 1), max_new_tokens=5, custom_generate=full.custom_generate)
 
@@ -103,6 +116,8 @@ def test_a_generation_that_never_began_has_null_figures(spec):
             "beside a policy",
         ),
         (lambda spec: SpecSmallKV(spec.pair, spec.policy, attention="flash"), "needs a CUDA device"),
+        (lambda _: SpecSmallKV.from_pretrained(TARGET, DRAFT, linear="pack"), "model.linear='pack'"),
+        (lambda _: SpecSmallKV.from_pretrained(TARGET, DRAFT, compile="defualt"), "model.compile='defualt'"),
         (
             lambda spec: SpecSmallKV(spec.pair, load_policy("specsmallkv", selection="query"), attention="flash"),
             "flash takes no mask, which policy.selection=query needs",

@@ -7,6 +7,7 @@ from conftest import run_task
 from specsmallkv import SpecSmallKV
 from specsmallkv.attention import AttentionCall, AttentionRows
 from specsmallkv.backends import attention_probabilities, weighted_values
+from specsmallkv.branching import first_logits
 from specsmallkv.decode import Decoder
 from specsmallkv.errors import UserError
 from specsmallkv.matching import HeadMap
@@ -175,6 +176,18 @@ def test_speculation_changes_no_token_after_a_prefill_within_the_budget(target, 
     assert plain == speculated and 0 < sequence.counters.accepted < sequence.counters.drafted
     turned, _ = run(target, draft, policy, prompt, head_map, 4, compress_after=140)
     assert turned != plain and turned == run(target, draft, policy, prompt, head_map, 0, compress_after=140)[0]
+
+
+@torch.inference_mode()
+def test_a_branch_that_reads_for_itself_begins_with_its_own_first_token(target, draft, prompt, head_map):
+    """Behind a shared prefill; a branch that copies it begins with the base's."""
+    policies = [load_policy("streaming_llm", kv_budget=0.1, prefill_chunk=chunk, **SETTINGS) for chunk in (16, 0)]
+    base_decoder = Decoder(target, draft, neediest(policies), 3, head_map=head_map)
+    base, shared = base_decoder.begin(prompt, NEW)
+    own, copied = (Decoder(target, draft, policy, 3).branch(base) for policy in policies)
+    expected = Decoder(target, draft, policies[0], 3).begin(prompt, NEW)[1]
+    assert torch.equal(first_logits(own, shared), expected) and not torch.equal(expected, shared)
+    assert first_logits(copied, shared) is shared
 
 
 @pytest.mark.parametrize("name", ["smallkv", "specsmallkv", "streaming_llm"])

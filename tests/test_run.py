@@ -151,6 +151,8 @@ def test_ctrl_c_leaves_the_page_of_what_there_was(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Decoder, "round", interrupt)
     code, [record], _, _ = run("prompt=hello", "report=true", "quiet=true", f"run_dir={tmp_path}/x")
     assert (code, record["interrupted"], Path(record["report"]).is_file()) == (130, True, True)
+    shown = Path(record["report"]).read_text(encoding="utf-8")
+    assert '"interrupted":true' in shown and '"seed":0' in shown
 
 
 # What task=distill refuses
@@ -273,6 +275,8 @@ def test_ctrl_c_in_a_prompts_file_keeps_the_finished_outputs(run, tmp_path, monk
     assert (code, record["interrupted"]) == (130, True)
     assert [output["new_tokens"] for output in record["outputs"]] == [6, 0]
     assert record["new_tokens"] == 6
+    assert record["ttft_seconds"] == record["outputs"][0]["ttft_seconds"]  # nothing that was not read counts
+    assert record["acceptance_length"] == record["outputs"][0]["acceptance_length"]
 
 
 # Batches

@@ -138,7 +138,8 @@ def without_middle(example: Example, tokenizer: Any, longest: int) -> Example:
     if len(ids) <= longest:
         return example
     half, asked = longest // 2, example.question.strip()
-    start, end = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    as_is = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    start, end = (tokenizer.decode(part, **as_is) for part in (ids[:half], ids[-half:]))
     border = end.rfind(asked)
     if half < 1 or border < 0:
         raise UserError(

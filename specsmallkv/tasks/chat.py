@@ -123,7 +123,9 @@ class Session:
 
 
 def lines(quiet: bool) -> Iterator[str]:
-    """What is typed or piped, stripped, up to /quit or the end."""
+    """What is typed or piped, stripped, up to /quit or the end; bytes that are no text become question marks."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while sys.stdin is not None:
         if sys.stdin.isatty() and not quiet:
             print("> ", end="", file=sys.stderr, flush=True)

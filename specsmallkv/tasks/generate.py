@@ -155,7 +155,8 @@ class Observed:
         if self.config.report and self.trace.rows:
             spec, figures = self.generation.spec, self.generation.figures()
             surroundings = environment(spec.pair.target.device) | {"config": plain(self.config)}
-            record = setting_figures(self.config, spec) | figures | surroundings
+            own = {"seed": self.generation.settings.seed, "interrupted": not self.generation.finished}
+            record = setting_figures(self.config, spec) | figures | surroundings | own
             write_whole(self.page, run_page(record, self.trace, self.generation.prompt_ids))
             written["report"] = str(self.page)
             display.console.print(f"report: {self.page}", soft_wrap=True, highlight=False)
@@ -217,11 +218,13 @@ def combine(outputs: list[dict[str, Any]], batch: dict[str, Any] | None = None) 
     total |= {key: max(figures.get(key) or 0 for figures in outputs) for key in LARGEST}
     total |= {"finished": all(figures.get("finished") for figures in outputs)} | (batch or {})
     total.pop("seed", None)  # rows have their own; the record's is the run's
-    emitted = total["new_tokens"] - len(outputs)  # the first token of each comes from its prefill
-    decoding = total["seconds"] - sum(figures["ttft_seconds"] for figures in outputs)
+    begun = [figures for figures in outputs if figures["new_tokens"]]
+    emitted = total["new_tokens"] - len(begun)  # the first token of each comes from its prefill
+    reading = sum(figures["ttft_seconds"] for figures in begun)
+    decoding = total["seconds"] - reading
     return total | {
         "text": None,
-        "ttft_seconds": sum(figures["ttft_seconds"] for figures in outputs) / len(outputs),
+        "ttft_seconds": reading / max(len(begun), 1),
         "tokens_per_second": total["new_tokens"] / max(total["seconds"], 1e-9),
         "decode_tokens_per_second": emitted / max(decoding, 1e-9),
         "acceptance_rate": total["accepted_tokens"] / total["drafted_tokens"] if total["drafted_tokens"] else None,

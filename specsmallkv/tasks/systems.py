@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention import AttentionMass
 from ..benchmarks.example import Example
+from ..branching import first_logits
 from ..config import RunConfig
 from ..decode import Decoder
 from ..errors import UserError
@@ -27,6 +28,7 @@ from ..streaming import TextStream
 from ..trimmed_head import whole_head
 
 FULL, AUTOREGRESSIVE, DRAFT_ALONE = "full", "autoregressive", "draft"
+ANSWER = "specsmallkv-answer"  # stands for one where a conversation is rendered
 BASELINES = (FULL, AUTOREGRESSIVE, DRAFT_ALONE)
 SUMMED = (
     "rounds",
@@ -92,7 +94,7 @@ class System:
         started = time.perf_counter()
         own = read_alone(self.decoder, reading) if self.name == DRAFT_ALONE else reading
         sequence = self.decoder.branch(own.sequence)
-        logits = self.decoder.extend(sequence, own.turn) if own.turn else own.logits
+        logits = self.decoder.extend(sequence, own.turn) if own.turn else first_logits(sequence, own.logits)
         answer = self._decode(spec, sequence, logits, example, config)
         messages = [{"role": "user", "content": example.context + example.question}]
         for turn in example.turns:
@@ -227,15 +229,14 @@ def later_text(spec: SpecSmallKV, messages: list[dict[str, str]], chat: bool | N
     """A conversation's text behind its last answer; messages end with that answer and the user's next turn."""
     if chat is False or not getattr(spec.pair.tokenizer, "chat_template", None):
         return f"\n\n{messages[-1]['content']}\n\n"
-    before, text = spec.render(messages[:-2], chat)[0], spec.render(messages, chat)[0]
-    answer = messages[-2]["content"].strip()
-    start = text.find(answer, len(before) if text.startswith(before) else 0)
-    if start < 0:
+    marked = [*messages[:-2], messages[-2] | {"content": ANSWER}, messages[-1]]  # templates may rewrite an answer
+    _, found, rest = spec.render(marked, chat)[0].partition(ANSWER)
+    if not found:
         raise UserError(
-            "The chat template changes what the model answered, so a second turn cannot go on from its cache; "
+            "The chat template leaves out what the model answered, so a second turn cannot go on from its cache; "
             "use chat=false."
         )
-    return text[start + len(answer) :]
+    return rest
 
 
 def next_prompt(spec: SpecSmallKV, sequence: Sequence, text: str) -> list[int]:

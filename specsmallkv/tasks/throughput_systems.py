@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from transformers.utils import logging as transformers_logging
 
 from ..batch import BatchDecoder, Job, Row
+from ..branching import first_logits
 from ..cache import TieredCache
 from ..decode import Decoder
 from ..errors import UserError
@@ -138,7 +139,8 @@ class OwnSystem:
     def _alone(self, run: Run) -> Iterator[list[tuple[Round, Sequence]]]:
         """The rounds of each pass; the first one is the prefill's."""
         run.counters = run.sequences[0].counters
-        for pair in self.decoder.decode(run.sequences[0], self.prompts[0].logits):
+        sequence = run.sequences[0]
+        for pair in self.decoder.decode(sequence, first_logits(sequence, self.prompts[0].logits)):
             yield [pair]
 
     def _together(self, run: Run) -> Iterator[list[tuple[Round, Sequence]]]:
@@ -146,7 +148,7 @@ class OwnSystem:
         run.counters = batch.counters
         for number, (prompt, sequence) in enumerate(zip(self.prompts, run.sequences, strict=True)):
             generator = torch.Generator(self.decoder.device).manual_seed(0)
-            self.decoder.first(sequence, prompt.logits, generator)
+            self.decoder.first(sequence, first_logits(sequence, prompt.logits), generator)
             job = Job(prompt.base.tokens, sequence.limit - len(prompt.base.tokens))
             rows.append(Row(number, job, sequence, generator, 0.0))
         yield []

@@ -337,7 +337,7 @@ function ledger() {
 function facts() {
   const versions = Object.entries(record.versions || {}).filter(([, v]) => v).map(([k, v]) => `${k} ${v}`).join(", ");
   table($("facts"), ["", ""], [
-    ["command", record.command], ["device", [record.device, record.device_name].filter(Boolean).join(", ")], ["attention", record.attention], ["seed", record.seed], ["versions", versions], ["commit", record.git_hash], ["config hash", record.config_hash],
+    ["device", [record.device, record.device_name].filter(Boolean).join(", ")], ["attention", record.attention], ["seed", record.seed], ["versions", versions], ["commit", record.git_hash],
   ].filter(([, value]) => value !== null && value !== undefined), new Set(), new Set([1]));
   $("config").textContent = JSON.stringify(record.config, null, 2);
 }
