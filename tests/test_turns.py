@@ -160,17 +160,18 @@ def test_a_branch_of_a_shared_prefill_equals_a_sequence_of_its_own(target, draft
 @torch.inference_mode()
 def test_a_branch_of_a_prompt_too_short_for_its_policy_equals_a_sequence_of_its_own(target, draft, prompt, name):
     """24 tokens: the base is due, most branches are not; they read their window at the first eviction, as alone."""
-    new = 60
-    base_decoder = Decoder(target, draft, load_policy("specsmallkv", kv_budget=0.3), 3)
+    new, budget = 60, 0.8
+    base_decoder = Decoder(target, draft, load_policy("specsmallkv", kv_budget=budget), 3)
     base = base_decoder.start(prompt[:24], new)
     base.evidence.mass = AttentionMass(base.target.layers[0].capacity)
     logits = base_decoder.prefill(base)
     base_decoder.prefill_draft(base)
-    alone = Decoder(target, draft, load_policy(name, kv_budget=0.3), 3)
-    expected = [token for round_, _ in alone.generate(prompt[:24], new) for token in round_.tokens]
-    decoder = Decoder(target, draft, load_policy(name, kv_budget=0.3), 3)
-    rounds = decoder.decode(decoder.branch(base), logits)
-    assert [token for round_, _ in rounds for token in round_.tokens] == expected
+    alone, decoder = (Decoder(target, draft, load_policy(name, kv_budget=budget), 3) for _ in range(2))
+    expected = list(alone.generate(prompt[:24], new))
+    found = list(decoder.decode(decoder.branch(base), logits))
+    assert [round_.tokens for round_, _ in found] == [round_.tokens for round_, _ in expected]
+    for ours, theirs in zip(found[-1][1].target.layers, expected[-1][1].target.layers, strict=True):
+        assert torch.equal(ours.kept_positions, theirs.kept_positions)
 
 
 # Several turns over one cache
