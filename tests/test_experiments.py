@@ -177,7 +177,7 @@ def sentences(picture: Path) -> set[str]:
 
 def test_committed_records_are_small_and_hold_no_path_of_a_machine():
     files = list((FOLDER / "records").rglob("*.json"))
-    assert files and sum(file.stat().st_size for file in files) < 1_000_000
+    assert files and sum(file.stat().st_size for file in files) < 1_200_000
     for file in files:
         assert not re.search(r'"[^"]*(/home/|/root/|/tmp/|/Users/|[A-Z]:\\)', file.read_text(encoding="utf-8")), file
 
