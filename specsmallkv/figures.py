@@ -103,7 +103,7 @@ def told_apart(rows: list[Row], name: Callable[[Row], str], settings: Mapping[st
     """`name`, with the settings that differ between rows of one name and budget behind it."""
     cells: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        cells.setdefault((name(row), abscissa(row)), []).append(settings.get(row["record"], {}))
+        cells.setdefault((name(row), abscissa(row)), []).append(setting(row, settings))
     differing = dict.fromkeys(
         key
         for cell in cells.values()
@@ -112,10 +112,17 @@ def told_apart(rows: list[Row], name: Callable[[Row], str], settings: Mapping[st
     )
 
     def longer(row: Row) -> str:
-        own = settings.get(row["record"], {})
-        return ", ".join([name(row), *(f"{key.rpartition('.')[2]} {own.get(key)}" for key in differing)])
+        own = setting(row, settings)
+        return ", ".join([name(row), *(f"{key.rpartition('.')[2]} {own[key]}" for key in differing if key in own)])
 
     return longer
+
+
+def setting(row: Row, settings: Mapping[str, Row]) -> Row:
+    """Of the record's settings those that hold for this row: its policy's are another's where several stand in one."""
+    own = settings.get(row["record"], {})
+    is_its_own = row.get("policy") == own.get("policy.name")
+    return {k: v for k, v in own.items() if k != "policy.name" and (is_its_own or not k.startswith("policy."))}
 
 
 def point(measure: Measure, x: float, rows: list[Row]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ SURROUNDINGS = ("versions", "git_hash", "device_name")
 NOT_SETTINGS = ("run_dir", "quiet", "resume", "report", "trace")
 # What a row shows by itself, and what is averaged over: runs that differ in nothing else are one setting.
 NOT_A_SETTING = re.compile(
-    r"seed|prompt|(prompt|prompts|messages)_file|policy\.(name|kv_budget|_target_)|speculation\.(name|num_draft_tokens)"
+    r"seed|prompt|(prompt|prompts|messages)_file|policy\.(kv_budget|_target_)|speculation\.(name|num_draft_tokens)"
     r"|task\.(text_files?|offset|data_path|policies|kv_budgets|systems)"
 )
 MEBIBYTE = 2**20

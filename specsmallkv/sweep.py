@@ -134,10 +134,12 @@ def directory_of(output_dir: Path, config_hash: str) -> Path:
 
 
 def forget(directory: Path) -> None:
-    """Remove what Hydra wrote ahead of a run that left nothing else there; never anybody's results."""
+    """Remove the directory of a run if there is nothing in it but what Hydra wrote ahead of that run."""
     with suppress(OSError):
         if {path.name for path in directory.iterdir()} <= HYDRAS_OWN:
-            shutil.rmtree(directory)
+            shutil.rmtree(directory / ".hydra", ignore_errors=True)
+            (directory / "multirun.yaml").unlink(missing_ok=True)
+            directory.rmdir()  # fails if another process has put something there meanwhile
 
 
 def is_finished(record: dict[str, Any]) -> bool:

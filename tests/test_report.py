@@ -127,6 +127,17 @@ def test_runs_of_other_settings_are_lines_of_their_own_and_say_what_differs(tmp_
     assert bars == {"snapkv, context_tokens 512": (1.5, 2), "snapkv, context_tokens 2048": (3.0, 1)}
 
 
+def test_sweeps_over_policies_share_their_full_cache_whatever_else_their_presets_say(tmp_path):
+    for number, (name, window) in enumerate((("snapkv", 32), ("specsmallkv", 8))):
+        results = [{"policy": p, "kv_budget": b, "accuracy": 0.5} for p, b in ((name, 0.2), ("full", 1.0))]
+        kept = record("retrieval", policy=name, results=results)
+        kept["config"]["policy"] |= {"window_size": window}
+        (tmp_path / f"{number}.json").write_text(json.dumps(kept))
+    found = collect(tmp_path)
+    [figure] = [own for own in figures(found.rows, found.settings) if own["key"] == "accuracy"]
+    assert {bar["name"]: bar["count"] for bar in figure["bars"]} == {"snapkv": 1, "specsmallkv": 1, "full": 2}
+
+
 def test_kinds_of_speculation_are_lines_of_their_own():
     rows = [
         row for kind in ("draft", "none") for row in rows_of(kind, record(speculation=kind, tokens_per_second=1.0))

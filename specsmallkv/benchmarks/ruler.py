@@ -69,7 +69,7 @@ class Ruler(ContextBenchmark):
         if self.data_path is None:
             self._essay = read_text("task.haystack_file", self.haystack_file or str(SAMPLES / "text.txt")).split()
             return []
-        path = Path(self.data_path).expanduser().resolve()
+        path = Path(self.data_path).expanduser().absolute()
         name = path.name.partition(".")[0]
         group = path.parent.name if name == "validation" else name  # RULER's scripts write TASK/validation.jsonl
         rows = islice(rows_of(self.data_path, ""), self.num_examples)

@@ -9,7 +9,9 @@ the input ends it.
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import UnsupportedOperation
 from typing import Any
 
 from ..config import RunConfig
@@ -124,8 +126,8 @@ class Session:
 
 def lines(quiet: bool) -> Iterator[str]:
     """What is typed or piped, stripped, up to /quit or the end; bytes that are no text become question marks."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    with suppress(AttributeError, UnsupportedOperation):  # stdin may be closed, another's, or read already
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while sys.stdin is not None:
         if sys.stdin.isatty() and not quiet:
             print("> ", end="", file=sys.stderr, flush=True)
