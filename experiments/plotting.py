@@ -52,7 +52,7 @@ LOOKS = {
     "transformers": ("#cc79a7", "v"),
     "assisted": ("#e69f00", "P"),
 }
-OTHERS = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#999999", "#000000"]
+OTHERS = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#999999", "#882255"]
 
 
 def look(name: str, index: int = 0) -> dict[str, Any]:
