@@ -69,7 +69,7 @@ def test_two_processes_write_what_one_does_and_hold_half_of_the_cache_each(pair,
     assert records[0]["recall_bytes"] > 0 or policy == "smallkv"  # the draft is asked
     assert 2 * records[0]["target_kv_bytes"] == records[1]["target_kv_bytes"]
     assert together.stdout.count('"schema_version"') == 1 == alone.stdout.count('"schema_version"')
-    assert len(list((tmp_path / "outputs").iterdir())) == 2  # of each run, none of the second process
+    assert not list((tmp_path / "outputs").iterdir())  # Hydra's own is gone, the second process left nothing
 
 
 def test_a_saved_map_is_cut_by_query_heads():
