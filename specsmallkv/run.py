@@ -38,9 +38,10 @@ def run(composed: DictConfig) -> None:
         try:
             record = execute(composed) if point is None else execute_point(composed)
         except Exception as error:
-            if point is None and explain(error) is not None:  # a bug's configuration is worth keeping
-                sweep.forget(Path(HydraConfig.get().runtime.output_dir))
-            elif not isinstance(error, BrokenPipeError) and point is not None:
+            if point is None:
+                if explain(error) is not None:  # a bug's configuration is worth keeping
+                    sweep.forget(Path(HydraConfig.get().runtime.output_dir))
+            elif not isinstance(error, BrokenPipeError):
                 record_failure(composed, error)
             raise
         if point is None and composed.run_dir is not None:
