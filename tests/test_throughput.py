@@ -12,6 +12,7 @@ from specsmallkv.oracle import LOOKAHEADS
 from specsmallkv.sequence import Round
 from specsmallkv.tasks import roofline, throughput
 from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
+from specsmallkv.tokenizer import byte_tokenizer
 
 STOCK = ["transformers", "static", "assisted", "prompt_lookup"]
 OURS = ["full", "full+draft", "snapkv", "snapkv+draft", "specsmallkv+draft"]
@@ -59,6 +60,15 @@ def test_systems_with_the_full_cache_decode_one_text(name, record):
     """Also on transformers' side: its caches were filled by hand, and its first assisted pass was cut."""
     assert row(record, name)["token_ids"] == row(record, "full")["token_ids"]
     assert row(record, name)["tokens_as_full"] == NEW + 1
+
+
+def test_transformers_reads_tokens_of_the_paddings_id_as_text(tmp_path):
+    """Left to itself it masks them, and with a mask it takes another way through its attention."""
+    text, padding = tmp_path / "padded.txt", "\0"
+    assert byte_tokenizer()(padding)["input_ids"] == [0]
+    text.write_text((padding * 3 + "abcdefg") * CONTEXT, encoding="utf-8")
+    record = run(tmp_path, f"task.text_file={text}", f"task.systems=[{','.join(STOCK)},full]")
+    assert all(own["token_ids"] == row(record, "full")["token_ids"] for own in record["systems"])
 
 
 def test_speculation_changes_no_token_of_a_static_policy(record):

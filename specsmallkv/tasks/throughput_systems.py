@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.utils import logging as transformers_logging
 
@@ -208,9 +209,7 @@ class StockSystem:
                 stack.enter_context(prefilled(self.draft, filled([bases[0].draft], length, DynamicCache()), run))
             reset_peak_memory()
             with clocked(self.model.device) as clock:
-                out = self.model.generate(
-                    ids, past_key_values=cache, max_new_tokens=num_tokens, do_sample=False, **options
-                )
+                out = stock_generate(self.model, ids, past_key_values=cache, max_new_tokens=num_tokens, **options)
                 run.seconds, run.cpu_seconds = clock()
         run.peak_memory_bytes = peak_memory_bytes(self.model.device)
         run.tokens = out[:, length:].tolist()
@@ -220,8 +219,13 @@ class StockSystem:
         """Seconds to the first token when transformers reads the first prompt itself."""
         ids = torch.tensor([self.prompts[0].base.tokens], device=self.model.device)
         with stock(self.model, {}), exchanged(self.originals), clocked(self.model.device) as clock:
-            self.model.generate(ids, max_new_tokens=1, do_sample=False)
+            stock_generate(self.model, ids, max_new_tokens=1)
             return clock()[0]
+
+
+def stock_generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """transformers' own, greedy. It would take the prompt's tokens of the padding's id for padding, hence the mask."""
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
 
 
 def filled(caches: list[TieredCache], length: int, copy: Cache) -> Cache:
