@@ -140,9 +140,12 @@ def load_cost_table(source: str) -> CostTable:
     return CostTable(sorted(costs, key=lambda row: row.context))
 
 
-def best_count(costs: Costs, rate: float, most: int) -> int:
-    """The number of drafts, at most `most`, with the most tokens a second; 0 unless it gains enough over 0."""
-    emitted, best, best_speed = 1.0, 0, GAIN / costs.round(0)
+def best_count(costs: Costs, rate: float, most: int, waits: bool = False) -> int:
+    """The number of drafts, at most `most`, with the most tokens a second; 0 unless it gains enough over 0.
+
+    waits: a round without drafts has no oracle's step, which is put off to the next eviction.
+    """
+    emitted, best, best_speed = 1.0, 0, GAIN / (costs.verify[0] if waits else costs.round(0))
     for count in range(1, min(most, len(costs.verify) - 1) + 1):
         emitted += rate**count
         speed = emitted / costs.round(count)
@@ -151,12 +154,12 @@ def best_count(costs: Costs, rate: float, most: int) -> int:
     return best
 
 
-def next_count(costs: Costs, history: History, most: int) -> int:
+def next_count(costs: Costs, history: History, most: int, waits: bool = False) -> int:
     """`best_count` with tries and pauses, which it notes in the history."""
     if history.pause:
         history.pause -= 1
         return 0
-    count = best_count(costs, history.rate, most)
+    count = best_count(costs, history.rate, most, waits)
     if count:
         history.next_pause = FIRST_PAUSE
         return count
@@ -212,6 +215,8 @@ class Adaptive(Controller):
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
         context, most = sequence.target.seen, decoder.num_draft_tokens
         if sequence.draft is not None and self.measures and not self.table.covers(context):
+            if sequence.waits:
+                drafting.catch_up(decoder, sequence)
             sequence.decision = None
             if drafting.begin(decoder, sequence) == most > 0:  # else an eviction or the end is near: next time
                 with sequence.counters.timed("measure"):
@@ -220,7 +225,7 @@ class Adaptive(Controller):
             super().decide(decoder, sequence)
         else:
             costs = self.table.at(context)
-            count = next_count(costs, sequence.history, most)
+            count = next_count(costs, sequence.history, most, decoder.can_wait(sequence))
             cheap = costs.reading(count) < READ_SHARE * costs.round(count)
             self._take(decoder, sequence, count, 1 if cheap else None)
 

@@ -199,15 +199,24 @@ class Decoder(Passes):
 
     def decide(self, sequence: Sequence) -> None:
         """What the coming round does, if it is not what the decoder is set to."""
+        waited = sequence.waits
         if self.controller is not None:
             self.controller.decide(self, sequence)
         if self.reads_later(sequence):
             sequence.decision = Decision(0, reads=False)
+        elif waited:
+            drafting.catch_up(self, sequence)
 
     def reads_later(self, sequence: Sequence) -> bool:
-        """Whether the draft can wait: its rows only count at the next eviction, and nobody wants its drafts."""
+        """Whether the draft waits in the coming round: it can, and nobody wants its drafts."""
+        decision = sequence.decision if self.controller is not None else None
+        drafts = self.num_draft_tokens if decision is None else decision.num_draft_tokens
+        return not drafts and self.can_wait(sequence)
+
+    def can_wait(self, sequence: Sequence) -> bool:
+        """Whether the draft's rows only count at the next eviction."""
         oracle, draft = sequence.evidence.oracle, sequence.draft
-        if oracle is None or draft is None or self.num_draft_tokens or self.policy.every_round:
+        if oracle is None or draft is None or self.policy.every_round:
             return False
         return len(draft.budgeted) == len(draft.layers) and not self.policy.compensates(sequence.evidence)
 

@@ -104,6 +104,11 @@ class Sequence:
         return self.evidence.oracle if self.decision is None or self.decision.reads else None
 
     @property
+    def waits(self) -> bool:
+        """Whether in the last round the draft read nothing, so that it lags behind."""
+        return self.decision is not None and not self.decision.reads
+
+    @property
     def watched_row(self) -> AttentionRows | None:
         """Where the row of the round's first step goes, if a view is to follow it and no oracle reads."""
         row = self.last_row if self.reading is None else None

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import run_task, tiny_model
 
+from specsmallkv import controller
 from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.controller import (
     FIRST_PAUSE,
@@ -51,6 +53,8 @@ def test_the_number_of_drafts_is_the_one_with_the_most_tokens_a_second():
     assert [best_count(CHEAP, rate, 4) for rate in (0.0, 0.2, 0.5, 0.9)] == [0, 1, 2, 4]
     assert best_count(CHEAP, 0.9, 2) == 2 and best_count(CHEAP, 0.9, 99) == 4, "no further than asked or known"
     assert best_count(DEAR, 0.9, 4) == 0
+    reading = Costs(100, draft=0.1, read=0.5, verify=(1.0, 1.05, 1.1))
+    assert best_count(reading, 0.3, 2) == 1 and best_count(reading, 0.3, 2, waits=True) == 0, "plain rounds read nothing"
 
 
 def test_a_sequence_believes_what_its_drafts_met_and_forgets_slowly():
@@ -104,16 +108,21 @@ def test_a_saved_table_is_read_from_a_record_or_refused_in_one_sentence(tmp_path
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "smallkv"])
+@pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "smallkv", "smallkv without odds"])
 def test_the_controller_changes_no_token_of_a_static_policy(target, draft, prompt, name):
-    """Costs under which it drafts much, little, and mostly nothing; a batch decides for each row alone."""
-    policy = load_policy(name, **SETTINGS)
+    """Costs under which it drafts much, little, and mostly nothing; a batch decides for each row alone.
+
+    Without odds a draft that is not asked for tokens waits until the next eviction, or until it is.
+    """
+    name, _, without = name.partition(" without ")
+    policy = load_policy(name, **SETTINGS | ({"marginal_share": 0.0} if without else {}))
     plain, _, _ = decode(Decoder(target, draft, policy, 0), prompt)
     drafted = []
     for costs in (CHEAP, Costs(100, 0.2, 0.0, (1.0, 1.2, 1.4, 1.6, 1.8)), DEAR):
         decoder = Decoder(target, draft, policy, 4, controller=Adaptive(table=CostTable([costs])))
         tokens, rounds, sequence = decode(decoder, prompt)
         assert tokens == plain
+        assert (sequence.counters.catch_ups > 0) == (bool(without) and sequence.counters.undrafted > FIRST_PAUSE)
         drafted.append(sequence.counters.drafted)
         assert sequence.counters.undrafted == sum(not round_.num_drafted for round_, _ in rounds)
         jobs = [Job(prompt, NEW), Job(prompt[:70], 20)]
@@ -243,6 +252,24 @@ def test_trials_take_how_often_the_oracle_reads_and_measure_nothing(tmp_path):
     assert rows["draft", 1]["specsmallkv"]["nll"] == rows["adaptive", 1]["specsmallkv"]["nll"]
     assert rows["adaptive", 4]["specsmallkv"]["recall_bytes"] < rows["draft", 1]["specsmallkv"]["recall_bytes"]
     assert rows["adaptive", 4]["oracle"]["nll"] == rows["draft", 1]["oracle"]["nll"], "the yardstick always looks"
+
+
+def test_measuring_while_the_draft_waits_loses_none_of_its_rows(target, draft, prompt, monkeypatch):
+    """At every twentieth more of the length, most of which lie in a pause."""
+    policy = load_policy("smallkv", **SETTINGS | {"marginal_share": 0.0})
+    plain, _, _ = decode(Decoder(target, draft, policy, 0), prompt)
+    lags = []
+
+    def dear(decoder, sequence, most):
+        lags.append(sequence.target.seen - sequence.draft.seen)
+        return replace(DEAR, context=measure(decoder, sequence, most).context)
+
+    monkeypatch.setattr(controller, "measure", dear)
+    monkeypatch.setattr(controller, "SHORT", 1)
+    monkeypatch.setattr(controller, "SAME_CONTEXT", 1.05)
+    tokens, _, sequence = decode(Decoder(target, draft, policy, 4, controller=Adaptive()), prompt)
+    assert tokens == plain and len(lags) > 3 and sequence.counters.catch_ups > 3
+    assert max(lags) == 0, "it catches up first"
 
 
 def test_another_policy_has_costs_of_its_own():

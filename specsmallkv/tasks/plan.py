@@ -20,7 +20,7 @@ from ..display import Display
 from ..draft_view import is_viewed, view_dtype
 from ..errors import UserError
 from ..linear import choose_linear
-from ..models import DRAFT_KEY, refuse_cut, resolve_device, resolve_dtype
+from ..models import DRAFT_KEY, UNTRAINED, refuse_cut, resolve_device, resolve_dtype
 from ..placement import empty_model
 from ..policies import Policy
 from ..prefill import in_chunks, while_reading
@@ -242,7 +242,7 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
             raise UserError(
                 f"model {config.model.name} names no draft; set model.draft, or use policy=full speculation=none."
             )
-        draft, head_rows, shares = on_meta(config.model.draft, config.quiet)
+        draft, head_rows, shares = on_meta(config.model.draft.removeprefix(UNTRAINED), config.quiet)
         refuse_cut(config.model, head_rows)
         cut = config.model.draft_vocab_size
         cut = cut if cut < draft.config.vocab_size else 0

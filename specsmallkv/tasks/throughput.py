@@ -288,7 +288,7 @@ class ThroughputTask:
             "policy": policy.name,
             "kv_budget": policy.kv_budget,
             "num_draft_tokens": measured.system.decoder.num_draft_tokens,
-            "ttft_seconds": prompts[0].seconds,
+            "ttft_seconds": measured.system.ttft(last),
             "draft_prefill_seconds": prompts[0].draft_seconds if sequences[0].draft is not None else 0.0,
             "phase_ms": {key: 1e3 * value / last.passes for key, value in counters.seconds.items()},
             "recall_ms": 1e3 * recalling / last.passes,

@@ -23,6 +23,7 @@ from ..decode import Decoder
 from ..errors import UserError
 from ..linear import Slot, exchange
 from ..memory import peak_memory_bytes, reset_peak_memory
+from ..prefill import in_chunks
 from ..sequence import Counters, Round, Sequence
 
 STOCK = ("transformers", "static", "assisted", "prompt_lookup")
@@ -34,11 +35,12 @@ SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with specu
 class Run:
     """One repeat: what was decoded, how long it took and what it moved. passes: of the target; steps: of the draft.
 
-    tokens: of each prompt. rows: that the target's passes computed. headless: draft steps without the output layer.
+    tokens: of each prompt. branch_seconds: until each had its own cache. rows: that the target's passes computed. headless: draft steps without the output layer.
     kv_read: bytes of K and V that attention had to read, by model. counters: of all sequences together.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
+    branch_seconds: list[float] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     passes: int = 0
@@ -112,7 +114,11 @@ class OwnSystem:
 
     def run(self, num_tokens: int) -> Run:
         """`num_tokens` tokens behind each prompt's first one, which the prefill gave."""
-        run = Run(sequences=[self._branch(prompt.base, num_tokens) for prompt in self.prompts])
+        run = Run()
+        for prompt in self.prompts:
+            with clocked(self.decoder.device) as clock:
+                run.sequences.append(self._branch(prompt.base, num_tokens))
+                run.branch_seconds.append(clock()[0])
         passes = self._together(run) if len(self.prompts) > 1 else self._alone(run)
         next(passes)
         reset_peak_memory()
@@ -131,6 +137,13 @@ class OwnSystem:
             if prompt.base.draft is not None:
                 prompt.base.draft.rollback(prompt.base.draft.seen - len(prompt.base.tokens))
         return run
+
+    def ttft(self, run: Run) -> float:
+        """Seconds to the first prompt's first token; one that is read in chunks waits for the draft, too."""
+        prompt = self.prompts[0]
+        if in_chunks(self.decoder.policy, len(prompt.base.tokens)):
+            return prompt.draft_seconds + run.branch_seconds[0]
+        return prompt.seconds
 
     def _branch(self, base: Sequence, num_tokens: int) -> Sequence:
         sequence = self.decoder.branch(base)
