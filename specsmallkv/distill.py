@@ -132,6 +132,11 @@ def build_draft(target: PreTrainedModel, layers: list[int], token_ids: Tensor | 
     return draft
 
 
+def even_layers(num_layers: int, count: int) -> list[int]:
+    """The first layer and `count` - 1 spread evenly from the second to the last one."""
+    return [0, *torch.linspace(num_layers - 1, 1, count - 1).round().int().flip(0).tolist()]
+
+
 @torch.no_grad()
 def busiest_layers(target: PreTrainedModel, count: int, ids: Tensor) -> list[int]:
     """The `count` layers that turn the residual stream most on `ids` (B, T): largest mean angle between what goes in
@@ -285,8 +290,10 @@ def train(
     on_checkpoint: Callable[[], None],
 ) -> None:
     """Run to the last step; every few minutes write `checkpoint.safetensors` and call back."""
-    saved = time.monotonic()
-    with (output_dir / "curve.jsonl").open("a" if trainer.step else "w") as curve:
+    saved, path = time.monotonic(), output_dir / "curve.jsonl"
+    cut = trainer.step and path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a" if trainer.step else "w") as curve:
+        curve.write("\n" if cut else "")  # a kill, or a full disk, may have cut the last line
         while trainer.step < trainer.steps:
             losses = trainer.train_step()
             curve.write(json.dumps({"step": trainer.step, "tokens": trainer.tokens, **losses}) + "\n")

@@ -54,7 +54,8 @@ def test_the_number_of_drafts_is_the_one_with_the_most_tokens_a_second():
     assert best_count(CHEAP, 0.9, 2) == 2 and best_count(CHEAP, 0.9, 99) == 4, "no further than asked or known"
     assert best_count(DEAR, 0.9, 4) == 0
     reading = Costs(100, draft=0.1, read=0.5, verify=(1.0, 1.05, 1.1))
-    assert best_count(reading, 0.3, 2) == 1 and best_count(reading, 0.3, 2, waits=True) == 0, "plain rounds read nothing"
+    assert best_count(reading, 0.3, 2) == 1
+    assert best_count(reading, 0.3, 2, waits=True) == 0, "a round without drafts reads nothing"
 
 
 def test_a_sequence_believes_what_its_drafts_met_and_forgets_slowly():

@@ -15,6 +15,7 @@ from specsmallkv.distill import (
     Trainer,
     build_draft,
     busiest_layers,
+    even_layers,
     export,
     own_parameters,
     train,
@@ -30,6 +31,7 @@ from specsmallkv.distill_loss import (
 from specsmallkv.distill_report import agreement, answer_agreement, curve_svg
 from specsmallkv.distill_text import sample_batch, sample_tokens
 from specsmallkv.errors import UserError
+from specsmallkv.tasks.distill import read_curve
 
 SETTINGS = Settings(
     layers=[0, 2], tokens=6 * 64, batch_size=4, long_every=4, checkpoint_minutes=0.0, average=0.9, seed=3
@@ -161,6 +163,18 @@ def test_a_run_from_the_start_has_a_curve_of_its_own(tmp_path):
     assert steps == list(range(1, trainer().steps + 1))
 
 
+def test_a_line_of_the_curve_that_was_cut_spoils_no_other(tmp_path):
+    first = trainer()
+    train(first, tmp_path, lambda step, losses: None, lambda: None)
+    path = tmp_path / "curve.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3])[:-9])
+    resumed = trainer()
+    resumed.load(tmp_path / "checkpoint.safetensors")
+    resumed.step = 2
+    train(resumed, tmp_path, lambda step, losses: None, lambda: None)
+    assert [point["step"] for point in read_curve(path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_training_to_the_end_checkpoints_and_reports_every_step(tmp_path):
     seen, checkpoints = [], []
     train(trainer(), tmp_path, lambda step, losses: seen.append(step), lambda: checkpoints.append(1))
@@ -225,6 +239,12 @@ def test_a_draft_agrees_with_the_answers_that_it_would_have_written():
     assert answer_agreement(target, prompts, answers) == 1.0
     changed = [[(token + 1) % 96 for token in answer] for answer in answers]
     assert answer_agreement(target, prompts, changed) < 0.5
+
+
+def test_layers_are_spread_evenly_over_any_target():
+    assert even_layers(30, 6) == [0, 1, 8, 15, 22, 29], "the shipped draft's"
+    assert even_layers(28, 6)[-1] == 27 and even_layers(4, 4) == [0, 1, 2, 3]
+    assert even_layers(30, 1) == [0] and even_layers(30, 2) == [0, 29]
 
 
 def test_a_layer_that_does_nothing_is_not_among_the_busiest():

@@ -77,7 +77,7 @@ def arguments(task: str, text_file: Path) -> list[str]:
         "distill": [
             f"task.text_files=[{text_file}]",
             f"task.output_dir={text_file.parent}/distilled",
-            *("task.layers=[0]", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
+            *("task.layers=2", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
         ],
         "throughput": [
             *(f"task.text_file={text_file}", "task.context_tokens=64", "task.repeats=1"),
@@ -173,6 +173,7 @@ def test_ctrl_c_leaves_the_page_of_what_there_was(run, tmp_path, monkeypatch):
         ("task.text_files=[empty]", "task.text_files=empty is empty; put the text into it."),
         ("task.text_files=[]", "task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both."),
         ("task.eval_text_file=short", "task.eval_text_file=short is too short; give 512 tokens."),
+        ("task.layer_choice=odd", "task.layer_choice=odd is unknown; choose one of even, busiest."),
         ("task.layers=3", "task.layers=3 does not fit a target of 2 layers; name some of 0-1, or how many."),
         ("task.head_tokens=1", "task.head_tokens=1 is below the "),
         ("task.start_from=nope", "task.start_from=nope cannot be read ("),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention_form import refuse_windows
 from ..config import RunConfig
 from ..display import Display
-from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, export, train
+from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, even_layers, export, train
 from ..distill_data import Lessons, cut_conversations, cut_text
 from ..distill_report import agreement, answer_agreement, curve_svg
 from ..distill_text import sample_batch
@@ -27,6 +27,7 @@ from ..weights import fingerprint
 
 EVAL_LENGTH, EVAL_SEQUENCES, EVAL_ANSWER = 512, 20, 128
 MEASURED = 1024  # tokens on which layers are compared
+CHOICES = ("even", "busiest")
 PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 208, 64
 
 
@@ -39,6 +40,7 @@ class DistillTask:
     prompts_file: str | None
     output_dir: str | None
     layers: Any
+    layer_choice: str
     head_tokens: int | None
     start_from: str | None
     tokens: int
@@ -77,6 +79,8 @@ class DistillTask:
             "temperature": (0, 1e6),
             "checkpoint_minutes": (0, math.inf),
         }
+        if self.layer_choice not in CHOICES:
+            raise UserError(f"task.layer_choice={self.layer_choice} is unknown; choose one of {', '.join(CHOICES)}.")
         for key, (least, most) in rules.items():
             if not least <= getattr(self, key) <= most:
                 limits = f"{least:g} or more" if most == math.inf else f"a number from {least:g} to {most:g}"
@@ -111,9 +115,11 @@ class DistillTask:
         } | report
 
     def _layers(self, pair: ModelPair, text: list[int]) -> list[int]:
-        """As named, or the given number of layers that do most on the beginning of the first text."""
+        """As named, or the given number: spread evenly, or those that do most on the beginning of the first text."""
         count = pair.target.config.num_hidden_layers
         if isinstance(self.layers, int) and 1 <= self.layers <= count:
+            if self.layer_choice == "even":
+                return even_layers(count, self.layers)
             return busiest_layers(pair.target, self.layers, torch.tensor([text[:MEASURED]], device=pair.target.device))
         if isinstance(self.layers, int) or not self.layers or any(i not in range(count) for i in self.layers):
             raise UserError(

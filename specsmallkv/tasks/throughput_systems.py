@@ -35,7 +35,8 @@ SPECULATES, ADAPTS = "+draft", "+adaptive"  # behind a policy's name: with specu
 class Run:
     """One repeat: what was decoded, how long it took and what it moved. passes: of the target; steps: of the draft.
 
-    tokens: of each prompt. branch_seconds: until each had its own cache. rows: that the target's passes computed. headless: draft steps without the output layer.
+    tokens: of each prompt. branch_seconds: until each had its own cache. rows: that the target's passes computed.
+    headless: draft steps without the output layer.
     kv_read: bytes of K and V that attention had to read, by model. counters: of all sequences together.
     """
 
