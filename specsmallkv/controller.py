@@ -34,12 +34,14 @@ DRY_REPEATS = 2
 class Decision(NamedTuple):
     """What a round does. reads: the oracle looks at the draft's rows; lookahead policies choose anew by them.
 
-    view_size: tokens of its own cache that the draft's steps read (`draft_view.py`); 0: all.
+    view_size: tokens of its own cache that the draft's steps read (`draft_view.py`); 0: all. catches_up: the draft first
+    reads what it waited with.
     """
 
     num_draft_tokens: int
     reads: bool = True
     view_size: int = 0
+    catches_up: bool = False
 
 
 @dataclass
@@ -143,7 +145,8 @@ def load_cost_table(source: str) -> CostTable:
 def best_count(costs: Costs, rate: float, most: int, waits: bool = False) -> int:
     """The number of drafts, at most `most`, with the most tokens a second; 0 unless it gains enough over 0.
 
-    waits: a round without drafts has no oracle's step, which is put off to the next eviction.
+    waits: a round without drafts has no oracle's step, which is put off to the next eviction; what it costs then is not
+    counted.
     """
     emitted, best, best_speed = 1.0, 0, GAIN / (costs.verify[0] if waits else costs.round(0))
     for count in range(1, min(most, len(costs.verify) - 1) + 1):
@@ -216,7 +219,8 @@ class Adaptive(Controller):
         context, most = sequence.target.seen, decoder.num_draft_tokens
         if sequence.draft is not None and self.measures and not self.table.covers(context):
             if sequence.waits:
-                drafting.catch_up(decoder, sequence)
+                with sequence.counters.timed("draft"):
+                    drafting.catch_up(decoder, sequence)
             sequence.decision = None
             if drafting.begin(decoder, sequence) == most > 0:  # else an eviction or the end is near: next time
                 with sequence.counters.timed("measure"):

@@ -204,8 +204,8 @@ class Decoder(Passes):
             self.controller.decide(self, sequence)
         if self.reads_later(sequence):
             sequence.decision = Decision(0, reads=False)
-        elif waited:
-            drafting.catch_up(self, sequence)
+        elif waited and sequence.decision is not None:
+            sequence.decision = sequence.decision._replace(catches_up=True)
 
     def reads_later(self, sequence: Sequence) -> bool:
         """Whether the draft waits in the coming round: it can, and nobody wants its drafts."""

@@ -172,6 +172,15 @@ def earlier_weights(directory: str) -> dict[str, Tensor]:
     return means | {"mixture": kept["parameter.mixture"]}
 
 
+def earlier_layers(directory: str) -> list[int] | None:
+    """The target's layers that an earlier draft was made of; None: it does not say."""
+    path = Path(directory).expanduser()
+    for file in (path / "config.json", path / "draft" / "config.json"):
+        if file.exists():
+            return (json.loads(file.read_text(encoding="utf-8")).get("specsmallkv_draft") or {}).get("target_layers")
+    return None
+
+
 class Trainer:
     """The state of a run: draft, head mixture, optimizer, the weights' running mean and the number of steps done."""
 
@@ -196,10 +205,14 @@ class Trainer:
 
     def start_from(self, directory: str) -> None:
         """Take the weights of an earlier draft of the same layers."""
-        weights = earlier_weights(directory)
+        weights, layers = earlier_weights(directory), earlier_layers(directory)
         own = {name: p for name, p in self.parameters.items() if name in weights or name != "mixture"}
-        if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in own.items()}:
-            raise UserError(f"task.start_from={directory} has other layers than task.layers asks for; leave it out.")
+        same = {name: w.shape for name, w in weights.items()} == {name: p.shape for name, p in own.items()}
+        if not same or layers not in (None, self.settings.layers):
+            raise UserError(
+                f"task.start_from={directory} has other layers than {self.settings.layers}, which task.layers asks for; "
+                f"leave it out, or set task.layers={layers or '[...]'}."
+            )
         for name, parameter in own.items():
             parameter.data.copy_(weights[name])
         for name, mean in self.averages.items():
@@ -259,7 +272,8 @@ class Trainer:
             facts = file.metadata()
             if facts["settings"] != self._identity():
                 raise UserError(
-                    f"checkpoint {path} belongs to other settings; set task.resume=false or another output_dir."
+                    f"checkpoint {path} belongs to other settings; set them as they were (layers named by number: "
+                    "task.layer_choice), or set task.resume=false or another output_dir."
                 )
             for name, mean in self.averages.items():
                 mean.copy_(file.get_tensor(f"average.{name}"))

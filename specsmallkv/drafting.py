@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 def begin(decoder: "Decoder", sequence: "Sequence") -> int:
     """How many drafts this round takes."""
+    if sequence.decision is not None and sequence.decision.catches_up:
+        catch_up(decoder, sequence)
     count, oracle = _num_drafts(decoder, sequence), sequence.reading
     sequence.reread = False
     if oracle is not None:

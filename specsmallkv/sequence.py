@@ -105,7 +105,7 @@ class Sequence:
 
     @property
     def waits(self) -> bool:
-        """Whether in the last round the draft read nothing, so that it lags behind."""
+        """Whether in the last round the oracle read nothing; a draft whose rows it wants by the next eviction lags."""
         return self.decision is not None and not self.decision.reads
 
     @property

@@ -121,16 +121,18 @@ def test_the_controller_changes_no_token_of_a_static_policy(target, draft, promp
     drafted = []
     for costs in (CHEAP, Costs(100, 0.2, 0.0, (1.0, 1.2, 1.4, 1.6, 1.8)), DEAR):
         decoder = Decoder(target, draft, policy, 4, controller=Adaptive(table=CostTable([costs])))
-        tokens, rounds, sequence = decode(decoder, prompt)
-        assert tokens == plain
-        assert (sequence.counters.catch_ups > 0) == (bool(without) and sequence.counters.undrafted > FIRST_PAUSE)
+        seen = [(round_, sequence, sequence.waits) for round_, sequence in decoder.generate(prompt, NEW)]
+        rounds, sequence, waited = [own for own, _, _ in seen], seen[-1][1], sum(waits for _, _, waits in seen)
+        assert [token for round_ in rounds for token in round_.tokens] == plain
+        assert without or not waited
         drafted.append(sequence.counters.drafted)
-        assert sequence.counters.undrafted == sum(not round_.num_drafted for round_, _ in rounds)
+        assert sequence.counters.undrafted == sum(not round_.num_drafted for round_ in rounds[1:])
         jobs = [Job(prompt, NEW), Job(prompt[:70], 20)]
         rows = {row.number: row for row, _ in BatchDecoder(decoder, 2).generate(jobs)}
         assert rows[0].sequence.tokens[len(prompt) :] == plain
         assert rows[0].sequence.counters.drafted == drafted[-1], "its neighbour has no say"
     assert drafted[0] > drafted[1] > drafted[2] >= 1 and sequence.counters.undrafted > NEW // 2
+    assert (waited > 16 and sequence.counters.catch_ups > 0) == bool(without)
 
 
 def test_a_saved_table_makes_decisions_repeatable(target, draft, prompt):
@@ -259,10 +261,11 @@ def test_measuring_while_the_draft_waits_loses_none_of_its_rows(target, draft, p
     """At every twentieth more of the length, most of which lie in a pause."""
     policy = load_policy("smallkv", **SETTINGS | {"marginal_share": 0.0})
     plain, _, _ = decode(Decoder(target, draft, policy, 0), prompt)
-    lags = []
+    lags, lengths = [], []
 
     def dear(decoder, sequence, most):
         lags.append(sequence.target.seen - sequence.draft.seen)
+        lengths.append(sequence.target.seen)
         return replace(DEAR, context=measure(decoder, sequence, most).context)
 
     monkeypatch.setattr(controller, "measure", dear)
@@ -270,7 +273,7 @@ def test_measuring_while_the_draft_waits_loses_none_of_its_rows(target, draft, p
     monkeypatch.setattr(controller, "SAME_CONTEXT", 1.05)
     tokens, _, sequence = decode(Decoder(target, draft, policy, 4, controller=Adaptive()), prompt)
     assert tokens == plain and len(lags) > 3 and sequence.counters.catch_ups > 3
-    assert max(lags) == 0, "it catches up first"
+    assert max(lags) == 0 and any(seen % 16 for seen in lengths[1:]), "it catches up first, also between evictions"
 
 
 def test_another_policy_has_costs_of_its_own():

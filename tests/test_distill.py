@@ -215,6 +215,10 @@ def test_the_mean_of_the_weights_is_what_is_exported(tmp_path):
         assert not torch.equal(mean, a_trainer.parameters[name])
     with pytest.raises(UserError, match="other layers"):
         trainer(layers=[0]).start_from(str(tmp_path))
+    facts = {"specsmallkv_draft": {"target_layers": [0, 1]}}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"other layers than \[0, 2\], .* set task.layers=\[0, 1\]"):
+        trainer().start_from(str(tmp_path))
 
 
 def test_a_later_run_goes_on_from_the_mean_and_the_mixture_of_an_earlier_one(tmp_path):

@@ -77,7 +77,7 @@ def arguments(task: str, text_file: Path) -> list[str]:
         "distill": [
             f"task.text_files=[{text_file}]",
             f"task.output_dir={text_file.parent}/distilled",
-            *("task.layers=2", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
+            *("task.layers=1", "task.layer_choice=busiest", "task.tokens=64", "task.seq_len=16", "task.batch_size=2"),
         ],
         "throughput": [
             *(f"task.text_file={text_file}", "task.context_tokens=64", "task.repeats=1"),

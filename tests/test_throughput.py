@@ -71,6 +71,13 @@ def test_transformers_reads_tokens_of_the_paddings_id_as_text(tmp_path):
     assert all(own["token_ids"] == row(record, "full")["token_ids"] for own in record["systems"])
 
 
+def test_a_prompt_that_is_read_in_chunks_has_a_time_to_first_token_of_its_own(tmp_path):
+    record = run(tmp_path, 'task.systems=[full,h2o,"h2o:prefill_chunk=16"]')
+    seconds = {own["name"]: own["ttft_seconds"] for own in record["systems"]}
+    assert seconds["full"] == seconds["h2o"]
+    assert 0 < seconds["h2o:prefill_chunk=16"] != seconds["full"]
+
+
 def test_speculation_changes_no_token_of_a_static_policy(record):
     assert row(record, "snapkv")["token_ids"] == row(record, "snapkv+draft")["token_ids"]
 

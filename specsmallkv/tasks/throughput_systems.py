@@ -140,11 +140,9 @@ class OwnSystem:
         return run
 
     def ttft(self, run: Run) -> float:
-        """Seconds to the first prompt's first token; one that is read in chunks waits for the draft, too."""
+        """Seconds to the first prompt's first token; one that is read in chunks is read by each branch itself."""
         prompt = self.prompts[0]
-        if in_chunks(self.decoder.policy, len(prompt.base.tokens)):
-            return prompt.draft_seconds + run.branch_seconds[0]
-        return prompt.seconds
+        return run.branch_seconds[0] if in_chunks(self.decoder.policy, len(prompt.base.tokens)) else prompt.seconds
 
     def _branch(self, base: Sequence, num_tokens: int) -> Sequence:
         sequence = self.decoder.branch(base)
