@@ -34,8 +34,8 @@ DRY_REPEATS = 2
 class Decision(NamedTuple):
     """What a round does. reads: the oracle looks at the draft's rows; lookahead policies choose anew by them.
 
-    view_size: tokens of its own cache that the draft's steps read (`draft_view.py`); 0: all. catches_up: the draft first
-    reads what it waited with.
+    view_size: tokens of its own cache that the draft's steps read (`draft_view.py`); 0: all.
+    catches_up: the draft first reads what it waited with.
     """
 
     num_draft_tokens: int
@@ -145,8 +145,7 @@ def load_cost_table(source: str) -> CostTable:
 def best_count(costs: Costs, rate: float, most: int, waits: bool = False) -> int:
     """The number of drafts, at most `most`, with the most tokens a second; 0 unless it gains enough over 0.
 
-    waits: a round without drafts has no oracle's step, which is put off to the next eviction; what it costs then is not
-    counted.
+    waits: a round without drafts has no oracle's step, which is put off to the next eviction and not counted.
     """
     emitted, best, best_speed = 1.0, 0, GAIN / (costs.verify[0] if waits else costs.round(0))
     for count in range(1, min(most, len(costs.verify) - 1) + 1):

@@ -210,8 +210,8 @@ class Trainer:
         same = {name: w.shape for name, w in weights.items()} == {name: p.shape for name, p in own.items()}
         if not same or layers not in (None, self.settings.layers):
             raise UserError(
-                f"task.start_from={directory} has other layers than {self.settings.layers}, which task.layers asks for; "
-                f"leave it out, or set task.layers={layers or '[...]'}."
+                f"task.start_from={directory} has other layers than {self.settings.layers}, which task.layers asks "
+                f"for; leave it out, or set task.layers={layers or '[...]'}."
             )
         for name, parameter in own.items():
             parameter.data.copy_(weights[name])
