@@ -115,6 +115,12 @@ def test_no_weight_is_made_and_no_file_but_the_configuration_fetched(monkeypatch
     assert plan["target_weight_bytes"] > 0 and [x["allow_patterns"] for x in asked] == [["config.json"]]
 
 
+def test_a_draft_of_random_weights_is_planned_as_any_other():
+    source = "random:qwen3?layers=2&hidden=64&heads=4&kv_heads=2&vocab=320&context=4096"
+    plans = [planned(f"model.draft='{prefix}{source}'") for prefix in ("", "untrained:")]
+    assert all(plans[0][key] == plans[1][key] for key in KEYS)
+
+
 def test_what_no_run_could_read_is_refused():
     with pytest.raises(UserError, match="context window of 4096 tokens"):
         planned(context=4090)
