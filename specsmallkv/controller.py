@@ -217,10 +217,7 @@ class Adaptive(Controller):
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
         context, most = sequence.target.seen, decoder.num_draft_tokens
         if sequence.draft is not None and self.measures and not self.table.covers(context):
-            if sequence.waits:
-                with sequence.counters.timed("draft"):
-                    drafting.catch_up(decoder, sequence)
-            sequence.decision = None
+            sequence.decision = Decision(most, catches_up=sequence.waits)
             if drafting.begin(decoder, sequence) == most > 0:  # else an eviction or the end is near: next time
                 with sequence.counters.timed("measure"):
                     self.table.add(measure(decoder, sequence, most))
