@@ -177,7 +177,9 @@ def _unreadable(override: str) -> str:
 def _not_built(error: InstantiationException) -> str | None:
     unexpected = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unexpected:
-        return f"{unexpected[2]} is not a parameter of {unexpected[1]}; leave it out"
+        ours = "target 'specsmallkv." in str(error)
+        remedy = "leave it out" if ours else "leave it out, or start from policy=full if the preset brought it along"
+        return f"{unexpected[2]} is not a parameter of {unexpected[1]}; {remedy}"
     missing = re.search(r"(\w+)\.__init__\(\) missing .*: (.*)\"", str(error))
     if missing:
         return f"{missing[1]} needs {missing[2]}; set it in the option's file, or with +policy.KEY= or +task.KEY="

@@ -144,7 +144,7 @@ class SpecSmallKV:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if not has_template and (chat or not isinstance(prompt, str)):
             raise UserError(
-                f"{self.pair.target_origin} model has no chat template; give a plain prompt and chat=false."
+                f"The target ({self.pair.target_origin}) has no chat template; give a plain prompt and chat=false."
             )
         if isinstance(prompt, str) and (not has_template or chat is False):
             return prompt, True

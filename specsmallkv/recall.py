@@ -17,7 +17,7 @@ from .ranking import largest
 from .slots import Arrived, select, sent_over
 from .tiered_layer import TieredLayer
 
-AHEAD_SHARE = 0.5  # of the kept tokens, how many are sent ahead; .25 to .33 of a set are new each round
+AHEAD_SHARE = 0.5  # of the kept tokens, how many are sent ahead; .23 to .33 of a set are new each round
 
 _worker = ThreadPoolExecutor(1, "recall")
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from specsmallkv.cli import prepare_arguments, quote_override
 from specsmallkv.config import CONFIG_DIR, RunConfig
 from specsmallkv.errors import UserError
+from specsmallkv.policies import Policy
 from specsmallkv.record import environment, plain, write_record
 from specsmallkv.run import main
 
@@ -86,6 +87,16 @@ def random_texts(count: int, seed: int) -> list[str]:
 def composed(*argv: str) -> RunConfig:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return OmegaConf.to_object(compose("config", prepare_arguments(list(argv))))
+
+
+class Narrow(Policy):
+    """A policy from outside, without most of what the presets set."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+
+    def score(self, index, layer, candidates, evidence):
+        return evidence.saliency
 
 
 @dataclass
@@ -317,6 +328,7 @@ def test_flags_may_stand_anywhere():
         ),
         (["task._target_=nowhere.Task"], "_target_=nowhere.Task cannot be imported"),
         (["+policy.colour=red"], "colour is not a parameter of "),
+        (["policy._target_=test_cli.Narrow"], "kv_budget is not a parameter of Narrow; leave it out, or start from policy=full if"),
         (["policy.kv_budget=0"], "policy.kv_budget=0"),
         (["task.fail=disk"], "the disk is full (No space left on device); free some, or write elsewhere"),
         (["task.fail=full"], "policy=full was told to fail; tell another."),

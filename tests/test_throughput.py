@@ -243,7 +243,8 @@ def test_figures_over_prompts_keep_what_all_share_and_leave_out_what_is_no_numbe
         ("task.repeats=0", "task.repeats=0 is too small"),
         ("task.num_prompts=0", "task.num_prompts=0 is too small"),
         ("task.num_prompts=99", "lower task.context_tokens or task.num_prompts"),
-        ("temperature=0.5", "decodes greedily"),
+        ("temperature=0.5", "temperature=0.5: task=throughput decodes greedily; leave it out"),
+        ("max_new_tokens=1", "max_new_tokens=1 is too few for task=throughput; give 2 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(override, problem, tmp_path):

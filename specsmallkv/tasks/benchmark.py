@@ -101,7 +101,7 @@ class Benchmark(ABC):
             spec.check_length(ids, most_tokens(spec, example, config))
             prompts.append((ids, self.compress_after(ids, border)))
         if not prompts:
-            raise UserError("There is no example to ask; give a task.data_path with rows.")
+            raise UserError(f"task.data_path={self.data_path} has no example to ask; give one with rows.")
         return prompts
 
     def _ask(

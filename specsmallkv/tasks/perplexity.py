@@ -132,8 +132,9 @@ class PerplexityTask:
         windows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)][: self.num_examples]
         if not windows:
             raise UserError(
-                f"{KEY}={self.data_path} has {len(ids)} tokens, fewer than a window of {size}; "
-                "give a longer text, or lower task.context_tokens or task.eval_tokens."
+                f"{f'{KEY}={self.data_path}' if self.data_path else 'the text in the package'} has {len(ids)} tokens, "
+                f"fewer than a window of {size}; give {KEY} a longer text, or lower task.context_tokens or "
+                "task.eval_tokens."
             )
         return windows
 

@@ -106,8 +106,10 @@ class ThroughputTask:
 
     @torch.inference_mode()
     def run(self, config: RunConfig) -> dict[str, Any]:
-        if config.max_new_tokens < 2 or config.temperature:
-            raise UserError("task=throughput decodes greedily, 2 tokens or more; leave temperature out.")
+        if config.temperature:
+            raise UserError(f"temperature={config.temperature:g}: task=throughput decodes greedily; leave it out.")
+        if config.max_new_tokens < 2:
+            raise UserError(f"max_new_tokens={config.max_new_tokens} is too few for task=throughput; give 2 or more.")
         display, chosen = Display(config.quiet), config.policy
         policies = {name: self._policy(chosen, name) for name in self.systems if name not in STOCK}
         if KVPRESS in policies:
@@ -172,7 +174,8 @@ class ThroughputTask:
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         if len(batches[-1]) < size:
             raise UserError(
-                f"batch_size={size} does not divide the {len(prompts)} prompts; set task.num_prompts to a multiple."
+                f"batch_size={size} does not divide the {len(prompts)} prompts; give task.text_file=FILE, or a "
+                f"prompts_file and task.num_prompts with a multiple of {size}."
             )
         if size > 1 and any(name in (*STOCK, KVPRESS) for name in self.systems):
             lengths = sorted(set(map(len, prompts)))
