@@ -328,7 +328,10 @@ def test_flags_may_stand_anywhere():
         ),
         (["task._target_=nowhere.Task"], "_target_=nowhere.Task cannot be imported"),
         (["+policy.colour=red"], "colour is not a parameter of "),
-        (["policy._target_=test_cli.Narrow"], "kv_budget is not a parameter of Narrow; leave it out, or start from policy=full if"),
+        (
+            ["policy._target_=test_cli.Narrow"],
+            "kv_budget is not a parameter of Narrow; leave it out, or start from policy=full if",
+        ),
         (["policy.kv_budget=0"], "policy.kv_budget=0"),
         (["task.fail=disk"], "the disk is full (No space left on device); free some, or write elsewhere"),
         (["task.fail=full"], "policy=full was told to fail; tell another."),
