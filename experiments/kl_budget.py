@@ -9,9 +9,11 @@ RECORDS = "kl_budget"
 
 def main() -> None:
     rows = plotting.rows(RECORDS)
-    made, (left, right) = plotting.canvas(2, height=3.8)
+    made, (left, middle, right) = plotting.canvas(3, width=4.2, height=3.8)
     measured = [row for row in rows if row["policy"] != "full"]
-    plotting.draw(left, Measure("kl_mean", "KL(full, policy), nats per token", log=True), measured)
+    kl = Measure("kl_mean", "KL(full, policy), nats per token", log=True)
+    plotting.draw(left, kl, measured)
+    plotting.draw(middle, kl, measured, total=True)
     plotting.draw(right, Measure("top1_agreement", "Top-1 agreement with full"), measured)
     made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     known = any(key.startswith("kl_mean_") for row in measured for key in row)  # older records have no intervals

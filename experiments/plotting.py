@@ -8,7 +8,7 @@ RECORDS, after them too; that of others goes into DIR. Needs matplotlib (in the 
 """
 
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,16 @@ def look(name: str, index: int = 0) -> dict[str, Any]:
     return {"color": color, "marker": marker, "markersize": 4, "linewidth": width, "linestyle": style}
 
 
-def draw(axes: Axes, measure: Measure, rows: list[Row]) -> None:
-    """The measure against budget, a line for each policy with its intervals; the full cache is a level."""
+TOTAL_TICKS = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def draw(axes: Axes, measure: Measure, rows: list[Row], total: bool = False) -> None:
+    """The measure against budget, a line for each policy with its intervals; the full cache is a level.
+
+    total: against what is held together with the draft's cache.
+    """
+    if total:
+        rows = [row | {"kv_budget": row["total_share_mean"], "matched_budget": None} for row in rows]
     drawn = figure(measure, [row for row in rows if row.get(measure.key) is not None])
     single = [{"name": bar["name"], "points": [bar]} for bar in drawn.get("bars", [])]  # of one budget
     for index, series in enumerate(ordered(drawn.get("series", single))):
@@ -75,9 +83,9 @@ def draw(axes: Axes, measure: Measure, rows: list[Row]) -> None:
         x = [p["x"] * 1.012 ** (index - 4) for p in points]  # beside each other, so that bars can be told apart
         error = spread(points, "y", "low", "high") if "low" in points[0] else None
         axes.errorbar(x, y, yerr=error, capsize=2, elinewidth=0.8, label=name, **look(name, index))
-    axes.set_xlabel("kv_budget: share of the full cache's bytes")
+    axes.set_xlabel("held with the draft's cache" if total else "kv_budget: share of the full cache's bytes")
     axes.set_ylabel(measure.title)
-    budget_axis(axes, {row["kv_budget"] for row in rows if row["policy"] != "full"})
+    budget_axis(axes, TOTAL_TICKS if total else {row["kv_budget"] for row in rows if row["policy"] != "full"})
     if measure.log:
         axes.set_yscale("log")
         plain_ticks(axes.yaxis)
@@ -89,13 +97,14 @@ def spread(points: list[Row], key: str, low: str = "", high: str = "") -> list[l
     return [[max(0.0, p[key] - p[low]) for p in points], [max(0.0, p[high] - p[key]) for p in points]]
 
 
-def budget_axis(axes: Axes, budgets: Set[float]) -> None:
+def budget_axis(axes: Axes, budgets: Iterable[float]) -> None:
     """Logarithmic, with the measured budgets as ticks."""
+    ticks = sorted(set(budgets))
     axes.set_xscale("log")
-    axes.set_xticks(sorted(budgets), [f"{100 * budget:g}%" for budget in sorted(budgets)])
+    axes.set_xticks(ticks, [f"{100 * budget:g}%" for budget in ticks])
     axes.minorticks_off()
-    if len(set(budgets)) == 1:
-        axes.set_xlim(min(budgets) / 2, 2 * min(budgets))
+    if len(ticks) == 1:
+        axes.set_xlim(ticks[0] / 2, 2 * ticks[0])
 
 
 def plain_ticks(axis: Axis) -> None:
