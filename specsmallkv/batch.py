@@ -144,6 +144,7 @@ class BatchDecoder:
             for row, own in zip(active, logits, strict=True):
                 row.take(*decoder.propose(row.sequence, own, row.generator))
                 if step == 0:
+                    drafting.send_ahead(decoder, row.sequence)
                     drafting.view_rest(decoder, row.sequence, row.num_drafts)
             step += 1
         if last := [row for row in rows if drafting.lacks_rows(row.sequence, row.num_drafts)]:

@@ -8,6 +8,7 @@ tries again after a pause, and each pause in vain is followed by one twice as lo
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,8 +126,11 @@ class CostTable:
         return [asdict(row) for row in self.rows]
 
 
-def load_cost_table(source: str) -> CostTable:
-    """A record of an adaptive run, or the list under its `cost_table` alone. Raises UserError."""
+def load_cost_table(source: str, made_for: Mapping[str, str] | None = None) -> CostTable:
+    """A record of an adaptive run, or the list under its `cost_table` alone. Raises UserError.
+
+    made_for: what a record has to be of, by key; a list says nothing of itself.
+    """
     remedy = "give the record of a run with speculation=adaptive"
     try:
         found = json.loads(Path(source).expanduser().read_text(encoding="utf-8"))
@@ -139,6 +143,12 @@ def load_cost_table(source: str) -> CostTable:
         raise UserError(f"speculation.cost_table={source} cannot be read ({error.strerror}); {remedy}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"speculation.cost_table={source} holds no cost table ({error}); {remedy}.") from error
+    for key, value in (made_for or {}).items() if isinstance(found, dict) else ():
+        if found.get(key, value) != value:
+            raise UserError(
+                f"speculation.cost_table={source} was measured with {key}={found[key]}, not {value}; {remedy} of the "
+                "same, or its cost_table list alone to take it all the same."
+            )
     return CostTable(sorted(costs, key=lambda row: row.context))
 
 
@@ -272,10 +282,11 @@ def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str,
     return counters.seconds
 
 
-def make_controller(config: SpeculationConfig) -> Controller | None:
-    """What a configuration asks for; None: every round alike, the oracle reads in each."""
+def make_controller(config: SpeculationConfig, model: str, policy: str) -> Controller | None:
+    """What a configuration asks for of this model and policy; None: every round alike, the oracle reads in each."""
     if config.adaptive:
-        table = CostTable() if config.cost_table is None else load_cost_table(config.cost_table)
+        of = {"model": model, "policy": policy}
+        table = CostTable() if config.cost_table is None else load_cost_table(config.cost_table, of)
         return Adaptive(config.oracle_every, table, view_size=config.draft_view_size)
     fixed = config.oracle_every == 1 and not config.draft_view_size
     return None if fixed else Controller(config.oracle_every, view_size=config.draft_view_size)

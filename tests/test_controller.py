@@ -108,6 +108,16 @@ def test_a_saved_table_is_read_from_a_record_or_refused_in_one_sentence(tmp_path
         load_cost_table(str(tmp_path / "missing.json"))
 
 
+def test_a_table_of_another_model_or_policy_is_refused_unless_it_is_given_alone(tmp_path):
+    path, table = tmp_path / "record.json", CostTable([CHEAP]).plain()
+    path.write_text(json.dumps({"model": "a", "policy": "snapkv", "cost_table": table}))
+    assert load_cost_table(str(path), {"model": "a", "policy": "snapkv"}).rows == [CHEAP]
+    with pytest.raises(UserError, match=r"was measured with policy=snapkv, not full; give the record .* list alone"):
+        load_cost_table(str(path), {"model": "a", "policy": "full"})
+    path.write_text(json.dumps(table))
+    assert load_cost_table(str(path), {"model": "b", "policy": "full"}).rows == [CHEAP]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "smallkv", "smallkv without odds"])
 def test_the_controller_changes_no_token_of_a_static_policy(target, draft, prompt, name):

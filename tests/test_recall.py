@@ -5,6 +5,7 @@ import torch
 from test_cache import DIM, HEADS, append, choose
 
 from specsmallkv import load_policy
+from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.decode import Decoder
 from specsmallkv.recall import AHEAD_SHARE, recall_ahead
 from specsmallkv.tiered_layer import TieredLayer
@@ -65,18 +66,22 @@ def test_nothing_is_sent_where_host_and_device_are_one_memory():
     assert layer.sent is None and layer.sent_nbytes == 0
 
 
-def decoded(target, draft, prompt, policy, over_a_bus):
-    decoder = Decoder(target, draft, policy, 3)
+def behind_a_bus(decoder):
     start = decoder.start
 
-    def behind_a_bus(*args):
+    def start_there(*args):
         sequence = start(*args)
         for layer in sequence.target.layers:
             layer.shares_memory = False
         return sequence
 
-    decoder.start = behind_a_bus if over_a_bus else start
-    return [*decoder.generate(prompt, NEW)][-1][1]
+    decoder.start = start_there
+    return decoder
+
+
+def decoded(target, draft, prompt, policy, over_a_bus):
+    decoder = Decoder(target, draft, policy, 3)
+    return [*(behind_a_bus(decoder) if over_a_bus else decoder).generate(prompt, NEW)][-1][1]
 
 
 @pytest.mark.parametrize("options", [{}, {"selection": "query"}])
@@ -87,6 +92,15 @@ def test_decoding_over_a_bus_sends_ahead_and_gives_the_same_tokens(target, draft
     assert plain.target.sent_nbytes == 0 < bus.target.sent_nbytes
     assert bus.held()["scratch_bytes"] == plain.held()["scratch_bytes"] + bus.target.sent_nbytes
     assert bus.counters.new_entries == plain.counters.new_entries
+
+
+def test_rows_of_a_batch_send_ahead_too(target, draft, prompt):
+    policy, prompts = load_policy("specsmallkv", kv_budget=0.3), [prompt, prompt[:-5]]
+    batch = BatchDecoder(behind_a_bus(Decoder(target, draft, policy, 3)), 2)
+    rows = {row.number: row.sequence for row, _ in batch.generate([Job(own, NEW) for own in prompts])}
+    for number, own in enumerate(prompts):
+        assert rows[number].tokens == decoded(target, draft, own, policy, False).tokens
+        assert rows[number].target.sent_nbytes > 0
 
 
 @pytest.mark.parametrize("name", ["smallkv", "oracle"])

@@ -115,6 +115,8 @@ def test_bytes_follow_from_the_models_sizes(record):
     assert full["draft_weight_bytes"] == full["draft_kv_bytes"] == 0 < lookahead["draft_kv_bytes"]
     assert set(lookahead["phase_ms"]) >= {"draft", "plan", "verify", "evict"}
     assert 0 == full["recall_ms"] < lookahead["recall_ms"] <= lookahead["phase_ms"]["plan"]
+    drafted = lookahead["draft_step_ms"] * row(record, "specsmallkv+draft")["num_draft_tokens"]
+    assert full["draft_step_ms"] is None and 0 < lookahead["phase_ms"]["draft"] <= drafted * 1.001
 
 
 def test_a_draft_that_waits_for_an_eviction_counts_with_its_bytes(tmp_path):

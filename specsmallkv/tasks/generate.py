@@ -44,7 +44,8 @@ LARGEST = (
 
 def load_generator(config: RunConfig, need_draft: bool = False) -> SpecSmallKV:
     """The pair, policy and draft length that a run's configuration asks for. need_draft: load it in any case."""
-    num_draft_tokens, controller = asked_for(config)["num_draft_tokens"], make_controller(config.speculation)
+    num_draft_tokens = asked_for(config)["num_draft_tokens"]
+    controller = make_controller(config.speculation, config.model.name, config.policy.name)
     needs_draft = need_draft or bool(num_draft_tokens) or config.policy.reads_draft
     pair = load_pair(config.model, need_draft=needs_draft, quiet=config.quiet)
     return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention, controller)

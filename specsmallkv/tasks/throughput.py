@@ -232,7 +232,8 @@ class ThroughputTask:
                 systems.append(PressSystem(prompts, originals, policies[name]))
             else:
                 count = spec.num_draft_tokens if name.endswith((SPECULATES, ADAPTS)) else 0
-                controller = make_controller(replace(config.speculation, adaptive=name.endswith(ADAPTS)))
+                asked = replace(config.speculation, adaptive=name.endswith(ADAPTS))
+                controller = make_controller(asked, config.model.name, policies[name].name)
                 decoder = Decoder(
                     pair.target, pair.draft, policies[name], count, None, spec.attention, pair.head_map, controller
                 )
@@ -295,6 +296,7 @@ class ThroughputTask:
             "draft_prefill_seconds": prompts[0].draft_seconds if sequences[0].draft is not None else 0.0,
             "phase_ms": {key: 1e3 * value / last.passes for key, value in counters.seconds.items()},
             "recall_ms": 1e3 * recalling / last.passes,
+            "draft_step_ms": 1e3 * counters.seconds["draft"] / drafted if drafted else None,
             "phase_cpu_ms": {key: 1e3 * value / last.passes for key, value in counters.cpu_seconds.items()},
             "acceptance_rate": accepted / drafted if drafted else None,
             "acceptance_per_position": per_position(rounds),
