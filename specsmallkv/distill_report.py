@@ -1,11 +1,14 @@
-"""How good a distilled draft is: its agreement with the target, and the curve of its training as a picture."""
+"""How good a distilled draft is: what it says and where it looks against its target, and a picture of its training."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .distill_loss import hidden_states
+from .distill_loss import RowRecorder, attention_recall, hidden_states, predict_rows
 
+NUM_ROWS = 8  # last queries of a piece of text whose attention is compared
 WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the picture, in pixels
 BINS = 60  # points of the drawn curve: means over equal shares of the steps
 
@@ -30,14 +33,51 @@ def agreement(target: PreTrainedModel, draft: PreTrainedModel, ids: Tensor) -> f
     return torch.cat(same).mean().item()
 
 
-def answer_agreement(draft: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> float:
-    """Share of the tokens of the target's greedy answers that the draft would have written there."""
-    agreed = total = 0
+@torch.no_grad()
+def attention_recalls(target: PreTrainedModel, draft: PreTrainedModel, mixture: Tensor, ids: Tensor) -> list[float]:
+    """Of the target's attention off the sink, what lies on a tenth of the tokens: those that the draft's rows put
+    first, through the head mixture (A, M), and the target's own first ones. ids (B, T); the last rows of each."""
+    sums = torch.zeros(2)
+    for row in ids.split(1):
+        recorders = [RowRecorder(torch.arange(row.shape[1], device=row.device)[-NUM_ROWS:]) for _ in range(2)]
+        for model, recorder in zip((target, draft), recorders, strict=True):
+            with _bf16(model, row):
+                hidden_states(model, row, recorder)
+        wanted, rows = (recorder.rows() for recorder in recorders)
+        guesses = predict_rows(mixture, rows), wanted
+        sums += torch.tensor([attention_recall(guess, wanted) for guess in guesses])
+    return (sums / len(ids)).tolist()
+
+
+def agreed_tokens(draft: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> list[list[bool]]:
+    """Of each token of the target's greedy answers, whether the draft would have written it there."""
+    agreed = []
     for prompt, answer in zip(prompts, answers, strict=True):
         guesses = hidden_argmax(draft, torch.tensor([prompt + answer], device=draft.device))
-        agreed += int((guesses[len(prompt) - 1 : -1].cpu() == torch.tensor(answer)).sum())
-        total += len(answer)
-    return agreed / max(1, total)
+        agreed.append((guesses[len(prompt) - 1 : -1].cpu() == torch.tensor(answer)).tolist())
+    return agreed
+
+
+class Speculated(NamedTuple):
+    """Greedy speculation along one answer, its first token given by the prompt's pass."""
+
+    drafted: int
+    accepted: int
+    passes: int
+    emitted: int
+
+
+def speculate(agreed: list[bool], num_draft_tokens: int, limit: int) -> Speculated:
+    """What the loop would do along an answer of at most `limit` tokens, by one of `agreed_tokens`, with no pass run:
+    what it accepts is the target's own text, so the draft always stands behind that."""
+    position = 1
+    drafted = accepted = passes = 0
+    while position < len(agreed):
+        count = min(num_draft_tokens, limit - position - 1)
+        block = agreed[position : position + count]
+        run = block.index(False) if False in block else len(block)
+        drafted, accepted, passes, position = drafted + count, accepted + run, passes + 1, position + run + 1
+    return Speculated(drafted, accepted, passes, max(0, min(position, len(agreed)) - 1))
 
 
 def curve_svg(tokens: list[int], agreements: list[float]) -> str:

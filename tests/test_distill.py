@@ -9,6 +9,8 @@ import torch
 from conftest import tiny_model
 from safetensors import safe_open
 
+from specsmallkv import load_policy
+from specsmallkv.decode import Decoder
 from specsmallkv.distill import (
     Curriculum,
     Settings,
@@ -22,13 +24,14 @@ from specsmallkv.distill import (
 )
 from specsmallkv.distill_data import Lessons, cut_conversations, cut_text
 from specsmallkv.distill_loss import (
+    NAME,
     LogitDivergence,
     RowRecorder,
     attention_divergence,
     attention_recall,
     initial_mixture,
 )
-from specsmallkv.distill_report import agreement, answer_agreement, curve_svg
+from specsmallkv.distill_report import agreed_tokens, agreement, attention_recalls, curve_svg, speculate
 from specsmallkv.distill_text import sample_batch, sample_tokens
 from specsmallkv.errors import UserError
 from specsmallkv.tasks.distill import read_curve
@@ -240,9 +243,34 @@ def test_a_draft_of_all_layers_is_the_target(architecture):
 def test_a_draft_agrees_with_the_answers_that_it_would_have_written():
     target, prompts = tiny_model(seed=1), [[5, 6, 7], [8, 9]]
     answers = sample_batch(target, prompts, [0.0, 0.0], 6, {95}, torch.Generator())
-    assert answer_agreement(target, prompts, answers) == 1.0
+    assert all(map(all, agreed_tokens(target, prompts, answers)))
     changed = [[(token + 1) % 96 for token in answer] for answer in answers]
-    assert answer_agreement(target, prompts, changed) < 0.5
+    assert sum(map(sum, agreed_tokens(target, prompts, changed))) < 0.5 * 12
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+def test_speculation_along_an_answer_is_what_the_loop_does(num_draft_tokens):
+    target, prompt, limit = tiny_model(seed=1), [5, 6, 7], 40
+    draft = build_draft(target, [0, 2])
+    (answer,) = sample_batch(target, [prompt], [0.0], limit, {95}, torch.Generator())
+    (agreed,) = agreed_tokens(draft, [prompt], [answer])
+    decoder = Decoder(target, draft, load_policy("full"), num_draft_tokens)
+    *_, (last, sequence) = decoder.generate(prompt, limit)
+    counters = sequence.counters
+    assert 0.1 < sum(agreed) / len(agreed) < 0.9 and sequence.tokens[3:] == answer, "else nothing is told"
+    expected = (counters.drafted, counters.accepted, counters.rounds, limit - 1)
+    assert speculate(agreed, num_draft_tokens, limit) == expected
+
+
+def test_a_draft_of_all_layers_looks_where_its_target_looks_and_any_other_less_well():
+    target, ids = tiny_model(seed=1), torch.arange(96).view(2, 48)
+    recalls = []
+    for layers in ([0, 1, 2], [0]):
+        draft = build_draft(target, layers)
+        for model in (target, draft):
+            model.set_attn_implementation(NAME)
+        recalls.append(attention_recalls(target, draft, initial_mixture(layers, 3, 4, bias=50.0), ids))
+    assert recalls[0][0] == pytest.approx(recalls[0][1]) and recalls[1][0] < recalls[1][1] == recalls[0][1]
 
 
 def test_layers_are_spread_evenly_over_any_target():

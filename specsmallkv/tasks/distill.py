@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..display import Display
 from ..distill import Curriculum, Settings, Trainer, build_draft, busiest_layers, even_layers, export, train
 from ..distill_data import Lessons, cut_conversations, cut_text
-from ..distill_report import agreement, answer_agreement, curve_svg
+from ..distill_report import agreed_tokens, agreement, attention_recalls, curve_svg, speculate
 from ..distill_text import sample_batch
 from ..errors import UserError
 from ..hub_text import SCHEME, hub_text
@@ -25,7 +25,7 @@ from ..prompts import Request, read_requests_file, read_text
 from ..trimmed_head import frequent_tokens
 from ..weights import fingerprint
 
-EVAL_LENGTH, EVAL_SEQUENCES, EVAL_ANSWER = 512, 20, 128
+EVAL_LENGTH, EVAL_SEQUENCES, EVAL_ANSWER, EVAL_DRAFTS = 512, 20, 128, 3
 MEASURED = 1024  # tokens on which layers are compared
 CHOICES = ("even", "busiest")
 PROMPT_LIMIT, ANSWER_TOKENS, ANSWER_BATCH = 320, 208, 64
@@ -224,8 +224,8 @@ class DistillTask:
         report = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
-            "agreement": self._agreement(pair, trainer) if self.eval_text_file else None,
-            "answer_agreement": self._answer_agreement(pair, trainer) if self.eval_prompts_file else None,
+            **self._text_figures(pair, trainer),
+            **self._answer_figures(pair, trainer),
         }
         (output / "report.json").write_text(json.dumps(report) + "\n")
         curve = read_curve(output / "curve.jsonl")
@@ -234,20 +234,38 @@ class DistillTask:
         )
         return report
 
-    def _agreement(self, pair: ModelPair, trainer: Trainer) -> float:
+    def _text_figures(self, pair: ModelPair, trainer: Trainer) -> dict[str, float | None]:
         """On pieces spread evenly over the held-out text."""
+        if self.eval_text_file is None:
+            return dict.fromkeys(("agreement", "attention_recall", "attention_recall_target"))
         ids = cut_text(tokens_of(pair, "task.eval_text_file", str(self.eval_text_file)), EVAL_LENGTH, EVAL_SEQUENCES)
         if not len(ids):
             raise UserError(f"task.eval_text_file={self.eval_text_file} is too short; give {EVAL_LENGTH} tokens.")
-        return agreement(pair.target, trainer.draft, ids.long().to(pair.target.device))
+        ids = ids.long().to(pair.target.device)
+        recalls = attention_recalls(pair.target, trainer.draft, trainer.mixture.detach(), ids)
+        return {
+            "agreement": agreement(pair.target, trainer.draft, ids),
+            "attention_recall": recalls[0],
+            "attention_recall_target": recalls[1],
+        }
 
-    def _answer_agreement(self, pair: ModelPair, trainer: Trainer) -> float:
+    def _answer_figures(self, pair: ModelPair, trainer: Trainer) -> dict[str, float | None]:
+        """Along the target's greedy answers to the held-out prompts."""
+        if self.eval_prompts_file is None:
+            return dict.fromkeys(("answer_agreement", "acceptance_rate", "acceptance_length"))
         requests = read_requests_file("task.eval_prompts_file", str(self.eval_prompts_file), chat=None)
         prompts, answers = [encode_chat(pair, request) for request in requests], list[list[int]]()
         for start in range(0, len(prompts), ANSWER_BATCH):
             batch, greedy = prompts[start : start + ANSWER_BATCH], torch.Generator()
             answers += sample_batch(pair.target, batch, [0.0] * len(batch), EVAL_ANSWER, pair.eos_token_ids, greedy)
-        return answer_agreement(trainer.draft, prompts, answers)
+        agreed = agreed_tokens(trainer.draft, prompts, answers)
+        rounds = [speculate(own, EVAL_DRAFTS, EVAL_ANSWER) for own in agreed]
+        drafted, accepted, passes, emitted = (sum(column) for column in zip(*rounds, strict=True))
+        return {
+            "answer_agreement": sum(map(sum, agreed)) / max(1, sum(map(len, agreed))),
+            "acceptance_rate": accepted / max(1, drafted),
+            "acceptance_length": emitted / max(1, passes),
+        }
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
