@@ -63,7 +63,7 @@ def _room(decoder: "Decoder", limit: int, max_new_tokens: int) -> tuple[int, lis
         else window + decoder.num_waiting
         for index, window in enumerate(decoder.windows)
     ]
-    return room, [min(count, limit) + decoder.num_waiting for count in sizes]
+    return room, [min(count + decoder.num_waiting, limit + room) for count in sizes]
 
 
 def _oracle(decoder: "Decoder", num_rows: int, capacity: int) -> AttentionOracle | None:

@@ -31,6 +31,7 @@ def branch(decoder: "Decoder", base: Sequence) -> Sequence:
     sequence.evidence = base.evidence.fork(decoder.policy.reads_mass, decoder.policy.reads_last)
     queries = base.evidence.queries if decoder.policy.due(base.target.seen) else {}  # else read at the first eviction
     sequence.evidence.queries = {index: x[:, :, -window:] for index, x in queries.items()}
+    sequence.evidence.observed = bool(queries)
     if queries and own is not None and oracle is not None and oracle.head_map is not None:
         if queries[0].shape[2] == window and oracle.num_sinks == decoder.policy.num_sink_tokens:
             own = oracle.share(decoder.policy.matching, own.prior, decoder.policy.lookahead)

@@ -226,6 +226,8 @@ class Adaptive(Controller):
 
     def decide(self, decoder: "Decoder", sequence: "Sequence") -> None:
         context, most = sequence.target.seen, decoder.num_draft_tokens
+        if decoder.policy.evicts:  # no verify pass sees past an eviction
+            most = min(most, decoder.policy.evict_block - 1)
         if sequence.draft is not None and self.measures and not self.table.covers(context):
             sequence.decision = Decision(most, catches_up=sequence.waits)
             if drafting.begin(decoder, sequence) == most > 0:  # else an eviction or the end is near: next time

@@ -176,6 +176,7 @@ class Decoder(Passes):
             with sequence.counters.timed("prefill_draft"):
                 self.prefill_draft(sequence)
                 self.foresee(sequence)
+                sequence.evidence.foreseen.clear()  # they are in the oracle's sum; only branches ask for them again
                 self.evict(sequence, after_prefill=True)
             sequence.settled = True
 
@@ -334,11 +335,13 @@ class Decoder(Passes):
         drafting.catch_up(self, sequence)
         observation.observe_if_needed(self, sequence)
         if self.policy.every_round:
+            evidence.forget_window(every_round=True)
             return  # moves memory in `plan`, with the next block's rows
         if evidence.oracle is not None:
             evidence.saliency = evidence.oracle.interval_saliency(seen)
             evidence.oracle.refresh()
         planning.retain(self, sequence, self.num_waiting)
+        evidence.forget_window(every_round=False)
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

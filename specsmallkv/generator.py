@@ -202,6 +202,8 @@ class SpecSmallKV:
         Settings as for `stream`; `seed` and `max_new_tokens` may be lists, one value for each prompt. All prompts are
         checked before the first is read. Raises UserError.
         """
+        if settings.get("continues") is not None:
+            raise UserError("continues= goes on from one generation's caches, not in a batch; use generate or stream.")
         each = settings_of_each(len(prompts), settings)
         generations = [self.stream(prompt, **own) for prompt, own in zip(prompts, each, strict=True)]
         return GenerationBatch(self, generations, batch_size)

@@ -145,7 +145,7 @@ class HeadMapFit:
         return rows[..., self.sinks :].reshape(rows.shape[0], -1)
 
     def add_draft(self, draft_rows: Tensor) -> None:
-        """draft_rows (M, W, N) of the next chunk; `add_layer` of every layer follows."""
+        """draft_rows (M, W, N) of the next chunk; `add_layer` of every layer follows, then `end_chunk`."""
         self.draft = self._columns(draft_rows)
         self.gram = self.gram + self.draft @ self.draft.T
         self.num_rows += draft_rows.shape[1]
@@ -162,6 +162,10 @@ class HeadMapFit:
             product = (target_rows.sum(dim=1)[:, self.sinks : history.shape[1]] * past).sum(-1)
             sums, before = (square, product, target_square), self.history[index]
             self.history[index] = sums if before is None else tuple(a + b for a, b in zip(sums, before, strict=True))
+
+    def end_chunk(self) -> None:
+        """Free the rows: a fit lives as long as its sequence, and they take more than the target's whole cache."""
+        del self.draft
 
     def merge(self, other: "HeadMapFit") -> None:
         """Add the sums of another window or text."""

@@ -17,7 +17,7 @@ def observe_target(decoder: "Decoder", sequence: Sequence, window: list[int]) ->
     """Feed the window to the target and keep its queries; logits (V,) of the last position."""
     call = AttentionCall(decoder.attention, num_queries=len(window), mass=sequence.evidence.mass)
     logits = decoder.forward(decoder.target, sequence.target, window, call)
-    sequence.evidence.queries = call.queries
+    sequence.evidence.observe(call.queries)
     return logits[-1]
 
 
@@ -43,7 +43,7 @@ def observe_draft(decoder: "Decoder", sequence: Sequence, window: list[int]) -> 
 
 def observe_if_needed(decoder: "Decoder", sequence: Sequence) -> None:
     """A prompt too short to evict left no window: read the last tokens once more, now that it matters."""
-    if sequence.evidence.queries:
+    if sequence.evidence.observed:
         return
     window = sequence.tokens[: sequence.target.seen][-decoder.policy.num_observed :]
     start = sequence.target.seen - len(window)

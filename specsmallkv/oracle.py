@@ -110,6 +110,7 @@ class AttentionOracle:
             rows = rows.to(draft_rows.device)  # layers may be spread over several
             self._fit.add_layer(index, rows, None if self.history is None else self.history[index])
             history.append(pooled_history(rows))
+        self._fit.end_chunk()
         self.history = torch.stack(history)
         self._sum[:, :length], self._count = draft_rows.sum(dim=1), draft_rows.shape[1]
 

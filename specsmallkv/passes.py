@@ -35,7 +35,7 @@ class Passes:
     ) -> Tensor:
         """Float32 logits (num_logits, V) of the last positions; 0: hidden states (q, d), no output layer."""
         assert model is not None and cache is not None
-        ids = torch.tensor([tokens], device=model.device)
+        ids = input_ids(model, tokens)
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "attention_call": call}
         if num_logits == 0:
             return model.base_model(input_ids=ids, **options)[0][0].float()
@@ -59,7 +59,7 @@ class Passes:
         group = CacheGroup(caches, counts)
         last = torch.tensor(counts, device=model.device).cumsum(0) - 1
         output = (model.base_model if logits == "none" else model)(
-            input_ids=torch.tensor([list(chain.from_iterable(tokens))], device=model.device),
+            input_ids=input_ids(model, list(chain.from_iterable(tokens))),
             position_ids=group.positions(model.device),
             past_key_values=group,
             use_cache=True,
@@ -99,6 +99,12 @@ class Passes:
         return AttentionRows(
             config.num_hidden_layers, config.num_attention_heads, num_rows, length, self.draft_model.device
         )
+
+
+def input_ids(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """(1, q). A draft may lack a few of the ids that pad the target's vocabulary, which sampling at a high temperature
+    can emit; it then reads its own last one: what it proposes decides nothing."""
+    return torch.tensor([tokens], device=model.device).clamp_(max=model.config.vocab_size - 1)
 
 
 def full_cache(model: PreTrainedModel, capacity: int) -> TieredCache:

@@ -68,7 +68,7 @@ def read_within_budget(decoder: "Decoder", sequence: "Sequence") -> Tensor:
             make_room(sequence, policy, len(prompt), wanted(policy, oracle, ahead, number, chunks), len(chunk))
         call = AttentionCall(decoder.attention, mass=sequence.evidence.mass, num_queries=policy.num_observed)
         logits = decoder.forward(decoder.target, sequence.target, chunk, call)[-1]
-        sequence.evidence.queries = call.queries
+        sequence.evidence.observe(call.queries)
         sequence.counters.see_prefill(sequence.target)
     if oracle is not None:
         decoder.evict(sequence, after_prefill=True)

@@ -139,6 +139,7 @@ class Sequence:
             "scratch_bytes": (oracle.nbytes if oracle else 0)
             + (mass.nbytes if mass else 0)
             + (last.nbytes if last else 0)
+            + self.evidence.nbytes
             + self.target.sent_nbytes
             + steps,
         }

@@ -72,10 +72,11 @@ def _pooled(layers: list[TieredLayer], near: Tensor, weights: Tensor) -> Tensor:
     """(L, H_q, 2, D): values near (L, H_kv, p), pooled by weights (L, H_kv, group, p), and the mean of the others."""
     weights = torch.cat((weights, torch.ones_like(weights[:, :, :1])), dim=2)  # one row more: their plain sum
     num_kept, products, kept = layers[0].num_kept, [], []
-    for layer, positions, own_weights in zip(layers, near.split(1), weights, strict=True):
-        products.append(own_weights @ select(layer.store_v, positions).to(weights.device)[0].float())
+    on_host = weights.to(layers[0].store_v.device)
+    for layer, positions, own_weights in zip(layers, near.split(1), on_host, strict=True):
+        products.append(own_weights @ select(layer.store_v, positions)[0].float())
         kept.append(layer.v[0, :, :num_kept].sum(dim=1, dtype=torch.float32))
-    pooled, near_sum = torch.stack(products).split((weights.shape[2] - 1, 1), dim=2)
+    pooled, near_sum = torch.stack(products).to(weights.device).split((weights.shape[2] - 1, 1), dim=2)
     others = torch.cat([layer.older_value_sum for layer in layers]) - torch.stack(kept) - near_sum.squeeze(2)
     far = others / max(layers[0].tail_start - num_kept - near.shape[-1], 1)
     return torch.stack((pooled, far.unsqueeze(2).expand_as(pooled)), dim=3).flatten(1, 2)

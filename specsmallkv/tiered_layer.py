@@ -303,7 +303,7 @@ class TieredLayer(CacheLayerMixin):
         The union of several queries' sets, or a layer without marginal tokens, may need more slots than planned for;
         the buffer then follows.
         """
-        slots = max(self.resident_capacity or self.capacity, needed)
+        slots = min(max(self.resident_capacity or self.capacity, needed), self.capacity)
         if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():
             batch, heads, _, dim = self.k.shape
             self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (self.k, self.v))

@@ -72,7 +72,7 @@ class ContextTokens:
         logits[self.ids] = own.to(self.full.dtype).to(logits.dtype)  # rounded as the head's own are
 
     def _knows(self, token: int) -> bool:
-        return token in self.head.known_ids or token in self.added
+        return token >= self.head.vocab_size or token in self.head.known_ids or token in self.added
 
     def _rows_of(self, ids: Tensor) -> Tensor:
         rows = self.full[ids]

@@ -118,6 +118,13 @@ def test_a_table_of_another_model_or_policy_is_refused_unless_it_is_given_alone(
     assert load_cost_table(str(path), {"model": "b", "policy": "full"}).rows == [CHEAP]
 
 
+def test_costs_are_measured_however_often_something_is_evicted(target, draft, prompt):
+    """No verify pass sees past an eviction, so there are never as many drafts as are asked for."""
+    policy, controller = load_policy("snapkv", **SETTINGS | {"evict_block": 4}), Adaptive()
+    decode(Decoder(target, draft, policy, 7, controller=controller), prompt)
+    assert [len(row.verify) for row in controller.table.rows] == [4]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "smallkv", "smallkv without odds"])
 def test_the_controller_changes_no_token_of_a_static_policy(target, draft, prompt, name):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, tiny_model
 
+from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.decode import Decoder
 from specsmallkv.presets import load_policy
 from specsmallkv.sampling import Sampler
@@ -460,3 +461,34 @@ def test_a_short_prompt_is_compressed_once_the_text_has_grown(target, draft, pro
         policy = load_policy(name, kv_budget=0.2, window_size=8, evict_block=16)
         _, sequence = decode(target, draft, policy, 3, prompt[:3], new=64)
         assert sequence.target.layers[0].num_slots < 40, name
+
+
+@pytest.mark.parametrize("name", ["snapkv", "smallkv", "specsmallkv"])
+def test_what_only_the_fit_needed_is_free_after_the_first_eviction(target, draft, prompt, name):
+    """Rows of the window, its queries and rows of foreseen tokens; they are larger than the target's whole cache."""
+    _, sequence = decode(target, draft, load_policy(name, kv_budget=0.3, evict_block=8), 3, prompt, new=20)
+    evidence, oracle = sequence.evidence, sequence.evidence.oracle
+    assert evidence.observed and not evidence.queries and not evidence.foreseen
+    if oracle is not None:
+        num_heads, most = len(oracle.block.buffer), 3 * 4
+        fit = [x for value in vars(oracle._fit).values() for x in (value if isinstance(value, list) else [value])]
+        assert all(x.numel() <= num_heads * max(num_heads, most) for x in fit if isinstance(x, torch.Tensor))
+
+
+def test_a_draft_without_the_ids_that_pad_the_targets_vocabulary_reads_on(target, prompt):
+    lacking, prompt = tiny_model(layers=2, seed=1, vocab=VOCAB - 30), [token % (VOCAB - 30) for token in prompt]
+    policy, sampler = load_policy("specsmallkv", kv_budget=0.5, evict_block=16), Sampler(temperature=20.0)
+    tokens, _ = decode(target, lacking, policy, 3, prompt, sampler=sampler)
+    assert max(tokens) >= VOCAB - 30
+    batch = BatchDecoder(Decoder(target, lacking, policy, 3, sampler), 2)
+    rows = {row.number: row.sequence for row, _ in batch.generate([Job(prompt, NEW), Job(prompt[:50], NEW)])}
+    assert rows[0].tokens[len(prompt) :] == tokens
+
+
+def test_a_buffer_is_never_larger_than_the_whole_text(target, draft, prompt):
+    for name in ("snapkv", "specsmallkv"):
+        policy = load_policy(name, kv_budget=0.3, evict_block=512)
+        tokens, sequence = decode(target, draft, policy, 3, prompt)
+        longest = len(prompt) + NEW + 4
+        assert all(layer.k.shape[2] <= longest for layer in sequence.target.layers)
+        assert len(tokens) == NEW

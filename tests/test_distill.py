@@ -255,7 +255,7 @@ def test_speculation_along_an_answer_is_what_the_loop_does(num_draft_tokens):
     (answer,) = sample_batch(target, [prompt], [0.0], limit, {95}, torch.Generator())
     (agreed,) = agreed_tokens(draft, [prompt], [answer])
     decoder = Decoder(target, draft, load_policy("full"), num_draft_tokens)
-    *_, (last, sequence) = decoder.generate(prompt, limit)
+    *_, (_, sequence) = decoder.generate(prompt, limit)
     counters = sequence.counters
     assert 0.1 < sum(agreed) / len(agreed) < 0.9 and sequence.tokens[3:] == answer, "else nothing is told"
     expected = (counters.drafted, counters.accepted, counters.rounds, limit - 1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretend_device import AWAY, CROSSING, SecondDevice
 
 from specsmallkv.attention import AttentionCall, AttentionRows, attend
 from specsmallkv.backends import attention_probabilities, reference_attention
@@ -75,6 +76,34 @@ def test_nothing_evicted_needs_no_tail_term(block):
     everything = torch.arange(layer.tail_start).expand(1, H_KV, -1)
     layer.retain(everything, torch.empty(1, H_KV, 0, dtype=torch.long), layer.tail_start)
     assert term_of(layer, true_rows(query, k).mean(1), 1.0, 1.0) is None
+
+
+class Bus(SecondDevice):
+    """Counts the numbers that cross it."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in CROSSING:
+            self.moved += args[0].numel()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_values_are_pooled_where_they_lie_and_only_the_pooled_ones_cross_the_bus(block):
+    layer, query, k, _ = block
+    row = true_rows(query, k).mean(1)
+    expected = term_of(layer, row, 0.5, 3.0)
+    saliency = row.unflatten(0, (H_KV, -1)).mean(1)
+    with Bus() as bus:
+        for name in ("k", "v", "kept_positions", "older_value_sum"):
+            setattr(layer, name, getattr(layer, name).to(AWAY))
+        away = (row[None].to(AWAY), saliency[None].to(AWAY))
+        bus.moved = 0
+        (term,) = tail_terms(*away, [layer], SINKS, torch.full((1, H_Q), 0.5).to(AWAY), 3.0)
+        pooled = 3 * layer.num_kept
+        assert bus.moved < H_KV * pooled * DIM, "fewer than the values that are pooled"
+        torch.testing.assert_close(term.values.to("cpu"), expected.values)
+        torch.testing.assert_close(term.odds.to("cpu"), expected.odds)
 
 
 def test_a_new_set_forgets_the_old_tail_term(block):

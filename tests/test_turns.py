@@ -274,6 +274,8 @@ def test_what_cannot_be_continued_is_refused_in_one_sentence():
     ):
         with pytest.raises(UserError, match=problem):
             spec.stream(prompt, continues=first, **options)
+    with pytest.raises(UserError, match="not in a batch"):
+        spec.generate_batch([[*ids, 8]], continues=first)
     with pytest.raises(UserError, match="another generator's"):
         other.stream([*ids, 8], continues=first)
     with pytest.raises(UserError, match="has not run"):

@@ -13,7 +13,8 @@ from ..own_attention import LastQueries
 class Evidence:
     """What a policy may look at, for one sequence.
 
-    queries: the target's observation window per layer, (1, H_q, W, D). frozen: per layer, a policy's own memory.
+    queries: the target's observation window per layer, (1, H_q, W, D), until nobody asks for it again. observed: there
+    has been one. frozen: per layer, a policy's own memory.
     saliency: (L, H_kv, N) from the draft, for policies that ask for it; (L, H_kv, q, N), one per query of the coming
     verify pass, under `selection=query`. scaling: of the target's attention scores.
     mass: the target's accumulated attention, for policies that ask for it. budgeted: the target's layers that the
@@ -26,6 +27,7 @@ class Evidence:
     budgeted: list[int] = field(default_factory=lambda: [0])
     oracle: AttentionOracle | None = None
     queries: dict[int, Tensor] = field(default_factory=dict)
+    observed: bool = False
     frozen: dict[int, Tensor] = field(default_factory=dict)
     saliency: Tensor | None = None
     mass: AttentionMass | None = None
@@ -47,6 +49,22 @@ class Evidence:
     def trusts_odds(self, least: float) -> bool:
         """Whether the draft's rows are alike enough to the target's to weigh values: `least` is a mean cosine."""
         return self.trusts_draft and (self.oracle is None or self.oracle.similarity >= least)
+
+    def observe(self, queries: dict[int, Tensor]) -> None:
+        self.queries, self.observed = queries, True
+
+    def forget_window(self, every_round: bool) -> None:
+        """After an eviction: drop the window's queries, unless what they say is yet to be frozen.
+
+        every_round: the policy chooses later, and by them if it does not trust the draft.
+        """
+        if not every_round or self.trusts_draft or self.frozen.keys() >= set(self.budgeted):
+            self.queries = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Scratch on the device, besides the oracle's, the mass's and the last queries' own."""
+        return sum(x.nbytes for x in (*self.queries.values(), *self.foreseen.values()))
 
     def fork(self, reads_mass: bool, reads_last: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""

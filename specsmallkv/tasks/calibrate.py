@@ -58,6 +58,7 @@ class Fold:
         for index, rows in enumerate(layers):
             self.fit.add_layer(index, rows)
             sampled.append(self._last(rows))
+        self.fit.end_chunk()
         self.samples.append((self._last(draft_rows), torch.stack(sampled)))
 
     def _last(self, rows: Tensor) -> Tensor:
