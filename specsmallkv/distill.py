@@ -5,6 +5,7 @@ step reads is a function of (seed, step) alone, so a run that is killed and resu
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -202,6 +203,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.averages = {name: p.detach().clone() for name, p in own.items()}
         self.steps, self.step = curriculum.steps, 0
+        self.origin: str | None = None  # digest of the weights that it started from
 
     def start_from(self, directory: str) -> None:
         """Take the weights of an earlier draft of the same layers."""
@@ -213,6 +215,7 @@ class Trainer:
                 f"task.start_from={directory} has other layers than {self.settings.layers}, which task.layers asks "
                 f"for; leave it out, or set task.layers={layers or '[...]'}."
             )
+        self.origin = hashlib.sha256(b"".join(w.float().numpy().tobytes() for w in weights.values())).hexdigest()[:16]
         for name, parameter in own.items():
             parameter.data.copy_(weights[name])
         for name, mean in self.averages.items():
@@ -287,7 +290,7 @@ class Trainer:
         c = self.curriculum
         data = [lessons.digest for lessons in (c.text, c.answers, c.long) if lessons is not None]
         head, target = len(self.draft.get_output_embeddings().weight), fingerprint(self.target)
-        besides = {"checkpoint_minutes": None, "data": data, "head": head, "target": target}
+        besides = {"checkpoint_minutes": None, "data": data, "head": head, "target": target, "origin": self.origin}
         return json.dumps(asdict(self.settings) | besides)
 
 

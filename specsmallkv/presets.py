@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -59,18 +59,37 @@ def target_class(node: Any, group: str) -> type | None:
 
 def check_types(target: type | None, node: Any, group: str) -> None:
     """A UserError for the first value whose type is not its field's, where the target is a dataclass."""
-    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     hints = get_type_hints(target) if is_dataclass(target) else {}
     for key, value in node.items():
-        kind = hints.get(key)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        kind: Any = hints.get(key)
+        optional, setting = type(None) in get_args(kind), f"{group}.{key}={value}"
+        if optional:
+            kind = next(iter(others)) if len(others := set(get_args(kind)) - {type(None)}) == 1 else Any
+        if optional and value is None:
             continue
-        if kind in kinds and type(value) is not kind:
-            raise UserError(f"{group}.{key}={value} is not {kinds[kind]}; give {kinds[kind]}.")
-        if kind == (str | None) and value is not None and not isinstance(value, str):
-            raise UserError(f"{group}.{key}={value} is not text; give it in quotes, or null.")
-        if str(kind).startswith("list") and (isinstance(value, str) or not isinstance(value, list | ListConfig)):
-            raise UserError(f"{group}.{key}={value} is not a list; write [{value}].")
+        if get_origin(kind) is list:
+            if not isinstance(value, list | ListConfig):
+                raise UserError(f"{setting} is not a list; write [{value}].")
+            (kind,) = get_args(kind)
+            if strange := [x for x in value if not _is_a(kind, x)]:
+                raise UserError(f"{setting}: {strange[0]} is not {KINDS[kind]}; give {KINDS[kind]}{_quoted(kind)}.")
+        elif not _is_a(kind, value):
+            null = ", or null" if optional else ""
+            raise UserError(f"{setting} is not {KINDS[kind]}; give {KINDS[kind]}{_quoted(kind)}{null}.")
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Of the kinds above; whatever else a field may hold is its owner's to check."""
+    if kind is float:
+        return type(value) in (int, float)
+    return kind not in KINDS or type(value) is kind
+
+
+def _quoted(kind: Any) -> str:
+    return " in quotes" if kind is str else ""
 
 
 def build(node: Any, group: str) -> Any:

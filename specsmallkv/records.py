@@ -93,7 +93,8 @@ def rows_of(name: str, record: Mapping[str, Any]) -> list[Row]:
     if parts is None:
         text = {"text": None}  # the generated text is no column
         return [setting | scalars(record) | text]
-    return [setting | scalars(part) for part in parts]
+    said = {"text": None} if "systems" in record else {}  # what a system wrote; of fidelity's results it is a name
+    return [setting | scalars(part) | said for part in parts]
 
 
 def scalars(record: Mapping[str, Any]) -> Row:
@@ -210,7 +211,7 @@ def shown(key: str, value: Any) -> str:
         return ""
     if "_bytes" in key and isinstance(value, int | float):
         return f"{value / MEBIBYTE:.4g}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())  # a cell is one line
 
 
 def is_number(key: str, rows: list[Row]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import compose_run
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
@@ -243,3 +244,26 @@ def test_a_malformed_row_is_refused_with_its_line(tmp_path, row):
     path = write(tmp_path, '{"prompt": "fine"}\n' + row)
     with pytest.raises(UserError, match="line 2"):
         read_requests(config_with(prompts_file=path))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("task=throughput task.num_prompts=abc", r"task.num_prompts=abc is not a whole number; give .*, or null\."),
+        ("task=throughput task.text_file=3", r"task.text_file=3 is not text; give text in quotes, or null\."),
+        ("task=fidelity task.kv_budgets=[0.1,abc]", r"task.kv_budgets=\[0.1, 'abc'\]: abc is not a number; give a"),
+        ("task=fidelity task.policies=[1]", r"task.policies=\[1\]: 1 is not text; give text in quotes\."),
+        ("task=fidelity task.policies=snapkv", r"task.policies=snapkv is not a list; write \[snapkv\]\."),
+        ("task=calibrate task.mixtures=[a]", r"task.mixtures=\['a'\]: a is not a whole number"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_the_one_it_takes(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        compose_run(*override.split())
+
+
+def test_optional_values_and_whole_numbers_for_fractions_are_taken():
+    _, task = compose_run("task=throughput", "task.num_prompts=null")
+    assert task.num_prompts is None
+    _, task = compose_run("task=fidelity", "task.kv_budgets=[1,0.5]")
+    assert task.kv_budgets == [1, 0.5]

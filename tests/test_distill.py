@@ -151,6 +151,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         trainer(lr=1e-4).load(tmp_path / "checkpoint.safetensors")
 
 
+def test_a_checkpoint_that_started_from_another_draft_is_refused(tmp_path):
+    """Else a finished run would answer for a start that it never had."""
+    export(run(trainer(), 1), tmp_path / "other", {"shares_embeddings": True})
+    run(trainer(), 1).save(tmp_path / "checkpoint.safetensors")
+    again = trainer()
+    again.start_from(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="other settings"):
+        again.load(tmp_path / "checkpoint.safetensors")
+
+
 def test_a_checkpoint_of_another_target_is_refused(tmp_path):
     run(trainer(), 1).save(tmp_path / "checkpoint.safetensors")
     other = trainer()

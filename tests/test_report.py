@@ -88,6 +88,10 @@ def test_tables_leave_out_what_is_always_the_same_and_escape_what_is_special(dir
     markdown, latex = as_markdown(rows), as_latex(rows)
     assert "| sweep/2-x | snapkv | 0.2 | 1 | 3 | 0.5 |  |\n" in markdown
     assert "a_b\\|c" in markdown
+    broken = [{"task": "throughput", "name": name, "error": "a\nb"} for name in ("x", "y")]
+    assert "| y | a b |\n" in as_markdown(broken)
+    (spoken,) = rows_of("r", {"systems": [{"name": "full", "text": "two\nlines"}]})
+    assert spoken["text"] is None
     assert r"sweep/11-x & a\_b|c & 0.2 & 0 &  &  & it 50\% failed \\" in latex
     assert latex.count(r"\\") == 4
 

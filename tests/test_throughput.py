@@ -11,7 +11,8 @@ from specsmallkv.linear import can_pack
 from specsmallkv.oracle import LOOKAHEADS
 from specsmallkv.sequence import Round
 from specsmallkv.tasks import roofline, throughput
-from specsmallkv.tasks.throughput import over_prompts, per_position, with_ratios
+from specsmallkv.tasks.throughput import ThroughputTask, over_prompts, per_position, with_ratios
+from specsmallkv.tasks.throughput_systems import OwnSystem
 from specsmallkv.tokenizer import byte_tokenizer
 
 STOCK = ["transformers", "static", "assisted", "prompt_lookup"]
@@ -153,6 +154,54 @@ def test_several_passages_are_measured_one_by_one_and_reported_as_medians(tmp_pa
         assert "token_ids" not in own and own["phase_ms"]["verify"] > 0
 
 
+def test_costs_are_measured_before_anything_is_timed(tmp_path, monkeypatch):
+    """Also where the warm-up is too short for as many drafts."""
+    known, decode = [], OwnSystem.run
+
+    def noted(self, num_tokens):
+        known.append(self.lacks_costs)
+        return decode(self, num_tokens)
+
+    monkeypatch.setattr(OwnSystem, "run", noted)
+    record = run(tmp_path, "task.systems=[full+adaptive]", "speculation=adaptive")
+    assert known == [True, True] + [False] * REPEATS
+    assert "measure" not in record["systems"][0]["phase_ms"]
+
+
+def test_ctrl_c_while_a_later_prompt_is_read_keeps_the_prompts_before(tmp_path, monkeypatch):
+    read, calls = ThroughputTask._read, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return read(self, *args)
+
+    monkeypatch.setattr(ThroughputTask, "_read", interrupted)
+    record = run(tmp_path, "task.systems=[full]", "task.num_prompts=4", "task.repeats=1")
+    assert record["interrupted"] and record["num_prompts"] == 2 == len(record["by_prompt"])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "task.systems=[full]", "task.num_prompts=4", "task.repeats=1")
+
+
+def test_only_the_last_repeats_caches_are_kept(tmp_path, monkeypatch):
+    held, row_of = [], ThroughputTask._row
+
+    def noted(self, own, *args):
+        held.append([len(run.sequences) for run in own.runs])
+        return row_of(self, own, *args)
+
+    monkeypatch.setattr(ThroughputTask, "_row", noted)
+    run(tmp_path, "task.systems=[full]")
+    assert held == [[0] * (REPEATS - 1) + [1]]
+
+
+def test_transformers_systems_say_how_many_drafts_they_were_given(record):
+    drafts = {name: row(record, name)["num_draft_tokens"] for name in STOCK}
+    given = {"transformers": 0, "static": 0, "assisted": 4, "prompt_lookup": 10}
+    assert drafts == {name: given[name] for name in drafts}
+
+
 def test_all_rows_of_a_prompts_file_are_prompts_and_num_prompts_takes_the_first(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{c * 40}"}}\n' for c in "abc"), encoding="utf-8")
@@ -264,6 +313,9 @@ def test_tokens_as_full_stops_at_the_first_difference():
     texts = {"full": [[1, 2, 3], [4]], "x": [[1, 2, 3], [5]], "y": [[1, 5, 3], [4]]}
     rows = with_ratios([speed | {"name": name, "token_ids": tokens} for name, tokens in texts.items()])
     assert [row["tokens_as_full"] for row in rows] == [1, 0, 1]
+    assert "tokens_as_full" not in with_ratios([speed | {"name": "x", "token_ids": [[1]]}])[0], (
+        "nothing to compare with"
+    )
 
 
 def test_operations_and_bytes_of_a_linear_layer_are_counted():

@@ -41,11 +41,12 @@ class Conversations(Benchmark):
 
     categories: list[str]
     known: ClassVar[tuple[str, ...]] = MT_BENCH  # what `categories` may name
+    source: ClassVar[str] = "mt_bench"  # of its questions
 
     def read(self, config: RunConfig) -> list[Example]:
         wanted = dict.fromkeys(chosen(self.known, self.categories, "task.categories"), 0)
         found: list[Example] = []
-        for where, row in rows_of(self.data_path, f"{self.name}.jsonl", *HUB_SOURCES[self.name]):
+        for where, row in rows_of(self.data_path, f"{self.source}.jsonl", *HUB_SOURCES[self.source]):
             example = question(row, where, self.known)
             if wanted.get(example.group, self.num_examples) < self.num_examples:
                 wanted[example.group] += 1
@@ -67,7 +68,7 @@ class MTBench(Conversations):
 class SpecBench(Conversations):
     """MT-Bench's eight categories are one here, as in the published tables."""
 
-    known = SPEC_BENCH
+    known, source = SPEC_BENCH, "spec_bench"
 
 
 def question(row: Any, where: str, known: tuple[str, ...]) -> Question:

@@ -76,7 +76,7 @@ class Benchmark(ABC):
         examples = self.read(config)
         config.policy = neediest(policies)
         with display.waiting("loading the models"):
-            spec = load_generator(config, DRAFT_ALONE in self.baselines and config.model.draft is not None)
+            spec = load_generator(config, DRAFT_ALONE in self.baselines and config.model.draft is not None, chosen)
         examples = self.fit(examples, spec, config)
         prompts = self._prompts(spec, examples, config)
         systems = self._systems(spec, policies, config)

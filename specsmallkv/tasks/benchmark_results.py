@@ -30,6 +30,7 @@ def row_of(system: System, full: Figures | None, plain: Figures | None) -> dict[
     figures = system.figures
     fullest = max(figures, key=lambda f: f["target_kv_bytes"], default=dict.fromkeys(OF_FULLEST))
     row: dict[str, Any] = {"policy": system.name, "kv_budget": system.kv_budget}
+    row["num_draft_tokens"] = system.decoder.num_draft_tokens
     row |= compared(figures, full, plain)
     groups = {f["group"]: f["group"] for f in figures}
     if any(groups):

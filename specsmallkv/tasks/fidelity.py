@@ -59,7 +59,7 @@ class FidelityTask:
         contents = read_texts("fidelity", self.text_file, self.text_files, self.text_field)
         config.policy = neediest(policies)
         with display.waiting("loading the models"):
-            spec = load_generator(config)
+            spec = load_generator(config, chosen=chosen)
         if self.matched_total and spec.pair.draft is None:
             raise UserError("task.matched_total=true needs a draft, whose bytes are matched; set model.draft.")
         needed, lower = self.context_tokens + self.eval_tokens + 1, "task.context_tokens or task.eval_tokens"

@@ -16,6 +16,7 @@ from ..generator import SpecSmallKV
 from ..memory import peak_memory_bytes, reset_peak_memory
 from ..models import load_pair
 from ..page import run_page
+from ..policies import Policy
 from ..prompts import Request, read_requests
 from ..record import asked_for, environment, plain, write_whole
 from ..sampling import Sampler
@@ -42,10 +43,13 @@ LARGEST = (
 )
 
 
-def load_generator(config: RunConfig, need_draft: bool = False) -> SpecSmallKV:
-    """The pair, policy and draft length that a run's configuration asks for. need_draft: load it in any case."""
+def load_generator(config: RunConfig, need_draft: bool = False, chosen: Policy | None = None) -> SpecSmallKV:
+    """The pair, policy and draft length that a run's configuration asks for. need_draft: load it in any case.
+
+    chosen: the policy that the user named, where another, the neediest of several, stands in for it.
+    """
     num_draft_tokens = asked_for(config)["num_draft_tokens"]
-    controller = make_controller(config.speculation, config.model.name, config.policy.name)
+    controller = make_controller(config.speculation, config.model.name, (chosen or config.policy).name)
     needs_draft = need_draft or bool(num_draft_tokens) or config.policy.reads_draft
     pair = load_pair(config.model, need_draft=needs_draft, quiet=config.quiet)
     return SpecSmallKV(pair, config.policy, num_draft_tokens, config.model.attention, controller)
@@ -54,7 +58,9 @@ def load_generator(config: RunConfig, need_draft: bool = False) -> SpecSmallKV:
 def setting_figures(config: RunConfig, spec: SpecSmallKV) -> dict[str, Any]:
     """The keys of a record that say what was run."""
     controller = spec.controller
-    costs = {"cost_table": controller.table.plain()} if isinstance(controller, Adaptive) else {}
+    costs: dict[str, Any] = {}
+    if isinstance(controller, Adaptive) and controller.table.rows:  # of several policies each measures its own
+        costs = {"cost_table": controller.table.plain()}
     own = asked_for(config) | costs
     return own | {
         "device": str(spec.pair.target.device),

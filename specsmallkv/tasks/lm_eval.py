@@ -70,7 +70,7 @@ class LMEvalTask:
             manager, tasks = self._load(config.quiet)
         config.policy = neediest(policies)
         with display.waiting("loading the models"):
-            spec = load_generator(config)
+            spec = load_generator(config, chosen=chosen)
         if config.chat:
             spec.render([{"role": "user", "content": "?"}], True)  # refuses a tokenizer without a template
 

@@ -111,7 +111,7 @@ class PerplexityTask:
         policies = policy_grid(chosen, self.policies or [chosen.name], self.kv_budgets or [chosen.kv_budget])
         text, config.policy = self._text(), neediest(policies)
         with display.waiting("loading the models"):
-            spec = load_generator(config)
+            spec = load_generator(config, chosen=chosen)
         windows = self._windows(spec, text)
         readings, interrupted = self._measure(spec, policies, windows, display)
         results = [reading.row() for reading in readings]

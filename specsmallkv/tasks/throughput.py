@@ -122,12 +122,18 @@ class ThroughputTask:
         interrupted = False
         for number, batch in enumerate(batches):
             prompts = []
-            for place, tokens in enumerate(batch, start=config.batch_size * number + 1):
-                with display.waiting(f"prompt {place} of {sum(map(len, batches))}: reading {len(tokens)} tokens"):
-                    prompts.append(self._read(config, spec, list(policies.values()), tokens))
-            measured = self._systems(config, spec, policies, prompts, originals)
-            interrupted = self._measure(measured, config.max_new_tokens, display, bool(by_prompt))
-            rows = with_ratios([self._row(x, spec, machine) for x in measured if x.runs])
+            try:
+                for place, tokens in enumerate(batch, start=config.batch_size * number + 1):
+                    with display.waiting(f"prompt {place} of {sum(map(len, batches))}: reading {len(tokens)} tokens"):
+                        prompts.append(self._read(config, spec, list(policies.values()), tokens))
+                measured = self._systems(config, spec, policies, prompts, originals)
+                interrupted = self._measure(measured, config.max_new_tokens, display, bool(by_prompt))
+                rows = with_ratios([self._row(x, spec, machine) for x in measured if x.runs])
+                measured = []  # with their caches, before others are read
+            except KeyboardInterrupt:
+                if not by_prompt:
+                    raise
+                interrupted, rows = True, []
             by_prompt += [rows] if not interrupted or not by_prompt else []  # a part of a later prompt is no prompt
             if interrupted:
                 break
@@ -246,11 +252,15 @@ class ThroughputTask:
             for own in measured:
                 with display.waiting(f"warming up {own.system.name}"):
                     own.system.run(min(self.warmup_tokens, num_tokens))
+                    if own.system.lacks_costs:  # so few tokens had no room for as many drafts
+                        own.system.run(num_tokens)
             for repeat in range(self.repeats):
                 first = repeat % len(measured)
                 for own in measured[first:] + measured[:first]:
                     with display.waiting(f"repeat {repeat + 1} of {self.repeats}: {own.system.name}"):
                         own.runs.append(own.system.run(num_tokens))
+                        if repeat:  # the last one's caches tell all that is reported of caches
+                            own.runs[-2].sequences.clear()
         except KeyboardInterrupt:
             if not (has_results or any(own.runs for own in measured)):
                 raise
@@ -311,7 +321,9 @@ class ThroughputTask:
     def _stock_figures(self, system: StockSystem) -> dict[str, Any]:
         nbytes = sum(prompt.base.target.full_nbytes for prompt in system.prompts)
         seconds = system.prefill() if self.stock_prefill and system.name == "transformers" else None
+        drafts = {"assisted": self.assistant_tokens, "prompt_lookup": self.lookup_tokens}.get(system.name, 0)
         own = {"policy": None, "kv_budget": 1.0, "ttft_seconds": seconds, "acceptance_rate": None}
+        own |= {"num_draft_tokens": drafts}
         return own | {"target_kv_bytes": nbytes, "target_kv_bytes_full": nbytes}
 
 
@@ -329,7 +341,8 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, base in bases.items():
             row[f"ratio_to_{name}"] = row["tokens_per_second"] / base["tokens_per_second"]
             row[f"cpu_ratio_to_{name}"] = row["tokens_per_cpu_second"] / base["tokens_per_cpu_second"]
-        row["tokens_as_full"] = min(map(first_difference, row["token_ids"], bases.get("full", row)["token_ids"]))
+        if "full" in bases:
+            row["tokens_as_full"] = min(map(first_difference, row["token_ids"], bases["full"]["token_ids"]))
     return rows
 
 

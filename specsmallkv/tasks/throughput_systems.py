@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from ..batch import BatchDecoder, Job, Row
 from ..branching import first_logits
 from ..cache import TieredCache
+from ..controller import Adaptive
 from ..decode import Decoder
 from ..errors import UserError
 from ..linear import Slot, exchange
@@ -113,6 +114,12 @@ class OwnSystem:
     def __init__(self, name: str, decoder: Decoder, prompts: list[Prompt]):
         self.name, self.decoder, self.prompts = name, decoder, prompts
 
+    @property
+    def lacks_costs(self) -> bool:
+        """Whether the controller is yet to measure: then that would be timed with the first repeat."""
+        controller = self.decoder.controller
+        return isinstance(controller, Adaptive) and not controller.table.rows
+
     def run(self, num_tokens: int) -> Run:
         """`num_tokens` tokens behind each prompt's first one, which the prefill gave."""
         run = Run()
@@ -187,6 +194,8 @@ class StockSystem:
     "static" is its cache of fixed size, the others take the one that grows.
     """
 
+    lacks_costs = False
+
     def __init__(
         self,
         name: str,
@@ -208,7 +217,7 @@ class StockSystem:
         known = [[*prompt.base.tokens, int(prompt.logits.argmax())] for prompt in self.prompts]
         bases, length = [prompt.base for prompt in self.prompts], len(known[0]) - 1
         ids = torch.tensor(known, device=self.model.device)
-        empty = StaticCache(self.model.config, length + num_tokens + 1) if self.name == "static" else DynamicCache()
+        empty = StaticCache(self.model.config, bases[0].limit) if self.name == "static" else DynamicCache()
         cache, run = filled([base.target for base in bases], length, empty), Run()
         with ExitStack() as stack:
             for model in filter(None, (self.model, self.draft)):
