@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import specsmallkv
-from specsmallkv.config import CONFIG_DIR
+from specsmallkv.config import CONFIG_DIR, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -88,6 +88,17 @@ def test_a_shipped_head_map_is_small_named_after_a_model_and_says_what_it_was_ma
     saved = load_head_map(f"package:maps/{file.name}")
     assert file.stat().st_size <= 2**20 and (CONFIG_DIR / "model" / f"{file.stem}.yaml").is_file()
     assert saved.facts["texts"] and saved.facts["target_fingerprint"] and saved.facts["results"]
+
+
+@pytest.mark.slow
+def test_the_default_pairs_head_map_is_of_the_draft_that_ships():
+    """Fetches the default target, if it is not there yet; a map of other weights would be refused."""
+    from specsmallkv.models import load_pair
+
+    name = "smollm2-135m"
+    config = OmegaConf.to_object(OmegaConf.merge(ModelConfig, OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")))
+    config.head_map = f"package:maps/{name}.safetensors"
+    assert load_pair(config, need_draft=True, quiet=True).head_map is not None
 
 
 def test_the_command_line_is_there_before_torch():
