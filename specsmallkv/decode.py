@@ -335,13 +335,15 @@ class Decoder(Passes):
         drafting.catch_up(self, sequence)
         observation.observe_if_needed(self, sequence)
         if self.policy.every_round:
-            evidence.forget_window(every_round=True)
+            if not self.policy.keeps_window:
+                evidence.forget_window(every_round=True)
             return  # moves memory in `plan`, with the next block's rows
         if evidence.oracle is not None:
             evidence.saliency = evidence.oracle.interval_saliency(seen)
             evidence.oracle.refresh()
         planning.retain(self, sequence, self.num_waiting)
-        evidence.forget_window(every_round=False)
+        if not self.policy.keeps_window:
+            evidence.forget_window(every_round=False)
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

@@ -290,7 +290,8 @@ class Trainer:
         c = self.curriculum
         data = [lessons.digest for lessons in (c.text, c.answers, c.long) if lessons is not None]
         head, target = len(self.draft.get_output_embeddings().weight), fingerprint(self.target)
-        besides = {"checkpoint_minutes": None, "data": data, "head": head, "target": target, "origin": self.origin}
+        besides = {"checkpoint_minutes": None, "data": data, "head": head, "target": target}
+        besides |= {"origin": self.origin} if self.origin else {}
         return json.dumps(asdict(self.settings) | besides)
 
 

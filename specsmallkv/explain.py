@@ -178,7 +178,9 @@ def _not_built(error: InstantiationException) -> str | None:
     unexpected = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unexpected:
         ours = "target 'specsmallkv." in str(error)
-        remedy = "leave it out" if ours else "leave it out, or start from policy=full if the preset brought it along"
+        remedy = (
+            "leave it out" if ours else "leave it out, or make the class a dataclass below Policy and use policy=full"
+        )
         return f"{unexpected[2]} is not a parameter of {unexpected[1]}; {remedy}"
     missing = re.search(r"(\w+)\.__init__\(\) missing .*: (.*)\"", str(error))
     if missing:

@@ -222,12 +222,13 @@ class SpecSmallKV:
             raise UserError("The prompt has no tokens; give some text.")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} is not positive; give at least 1.")
+        vocabulary = self.pair.target.config.vocab_size  # a draft reads ids beyond its own as its last one
+        if outside := [i for i in (min(ids), max(ids)) if not 0 <= i < vocabulary]:
+            raise UserError(
+                f"Token id {outside[0]} is outside the vocabulary of {vocabulary}; use the pair's tokenizer."
+            )
         for model in filter(None, (self.pair.target, self.pair.draft)):
-            window, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
-            if outside := [i for i in (min(ids), max(ids)) if not 0 <= i < vocabulary]:
-                raise UserError(
-                    f"Token id {outside[0]} is outside the vocabulary of {vocabulary}; use the pair's tokenizer."
-                )
+            window = model.config.max_position_embeddings
             if len(ids) + max_new_tokens > window:
                 raise UserError(
                     f"The prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the context window "

@@ -62,6 +62,7 @@ def read_within_budget(decoder: "Decoder", sequence: "Sequence") -> Tensor:
         with sequence.counters.timed("prefill_draft"):
             ahead = read_ahead(decoder, sequence, chunks)
             decoder.foresee(sequence)
+            sequence.evidence.foreseen.clear()  # as in `Decoder.settle`
     logits = torch.empty(0)
     for number, chunk in enumerate(chunks):
         if number:

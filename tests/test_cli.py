@@ -330,7 +330,7 @@ def test_flags_may_stand_anywhere():
         (["+policy.colour=red"], "colour is not a parameter of "),
         (
             ["policy._target_=test_cli.Narrow"],
-            "kv_budget is not a parameter of Narrow; leave it out, or start from policy=full if",
+            "kv_budget is not a parameter of Narrow; leave it out, or make the class a datacla",
         ),
         (["policy.kv_budget=0"], "policy.kv_budget=0"),
         (["task.fail=disk"], "the disk is full (No space left on device); free some, or write elsewhere"),

@@ -475,6 +475,13 @@ def test_what_only_the_fit_needed_is_free_after_the_first_eviction(target, draft
         assert all(x.numel() <= num_heads * max(num_heads, most) for x in fit if isinstance(x, torch.Tensor))
 
 
+def test_a_policy_may_keep_the_windows_queries(target, draft, prompt):
+    policy = load_policy("snapkv", kv_budget=0.3, evict_block=8)
+    policy.keeps_window = True
+    _, sequence = decode(target, draft, policy, 3, prompt, new=20)
+    assert sequence.evidence.queries and sequence.held()["scratch_bytes"] >= sequence.evidence.nbytes > 0
+
+
 def test_a_draft_without_the_ids_that_pad_the_targets_vocabulary_reads_on(target, prompt):
     lacking, prompt = tiny_model(layers=2, seed=1, vocab=VOCAB - 30), [token % (VOCAB - 30) for token in prompt]
     policy, sampler = load_policy("specsmallkv", kv_budget=0.5, evict_block=16), Sampler(temperature=20.0)

@@ -67,9 +67,10 @@ def test_a_trial_with_a_narrower_window_or_other_sinks_than_its_neighbours_is_st
         assert_same_tokens(trial.sequence, sequence)
         assert trial.policy.every_round or trial.sequence.target.layers[0].num_slots < 240
         own, theirs = trial.sequence.evidence, sequence.evidence
-        assert own.queries[0].shape == theirs.queries[0].shape
+        assert {i: x.shape for i, x in own.frozen.items()} == {i: x.shape for i, x in theirs.frozen.items()}
         if own.oracle:
             assert own.oracle.block is base.sequence.evidence.oracle.block
+            assert own.oracle._fit.num_rows == theirs.oracle._fit.num_rows
             torch.testing.assert_close(
                 own.oracle.head_map.weights, theirs.oracle.head_map.weights, atol=1e-3, rtol=1e-3
             )

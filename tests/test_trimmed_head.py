@@ -102,6 +102,7 @@ def test_a_sequence_that_goes_back_loses_what_it_no_longer_holds():
     context = ContextTokens(model.lm_head)
     context.follow([7, 50, 9])
     context.follow([7, 50])
+    context.follow([7, 50, len(model.lm_head.full) + 3])  # pads the target's vocabulary
     assert context.ids.tolist() == [7, 50] and context.rows.shape == (2, model.config.hidden_size)
     assert context.nbytes == context.rows.nbytes
 

@@ -64,6 +64,7 @@ class Policy(ABC):
     compensation = "none"
     own_share = 0.0  # part of the score that is the target's own attention
     prefill_chunk = 0  # tokens that the target reads between two evictions of its prompt: `prefill.py`
+    keeps_window = False  # the window's queries stay after the first eviction, for a `score` that asks for them again
     num_foreseen_tokens = 0  # that the draft writes behind the prompt, so that its rows count before they come
 
     def __post_init__(self) -> None:

@@ -63,8 +63,8 @@ class Evidence:
 
     @property
     def nbytes(self) -> int:
-        """Scratch on the device, besides the oracle's, the mass's and the last queries' own."""
-        return sum(x.nbytes for x in (*self.queries.values(), *self.foreseen.values()))
+        """Of the window's queries; what branches share is not counted, nor what has bytes of its own."""
+        return sum(x.nbytes for x in self.queries.values())
 
     def fork(self, reads_mass: bool, reads_last: bool) -> "Evidence":
         """The same prompt's evidence for another run: what a run changes is its own; it brings its own oracle."""

@@ -239,7 +239,7 @@ class ThroughputTask:
             else:
                 count = spec.num_draft_tokens if name.endswith((SPECULATES, ADAPTS)) else 0
                 asked = replace(config.speculation, adaptive=name.endswith(ADAPTS))
-                controller = make_controller(asked, config.model.name, policies[name].name)
+                controller = make_controller(asked, config.model.name, policies[name].name.partition(":")[0])
                 decoder = Decoder(
                     pair.target, pair.draft, policies[name], count, None, spec.attention, pair.head_map, controller
                 )
