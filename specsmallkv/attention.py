@@ -30,6 +30,7 @@ from .draft_view import DraftView
 from .tiered_layer import TieredLayer
 
 NAME = "specsmallkv"
+WRITTEN_OUT = 8  # queries of a pass that records some: up to so many, one way through the keys serves all
 
 
 class AttentionRows:
@@ -244,10 +245,11 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     mask = None if call.everything and layer.window is None else visible(layer, query.shape[2])
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
     if call.rows and count:
-        recorded = None if mask is None else mask[:, :, -count:]
-        probabilities = attention_probabilities(query[:, :, -count:], keys, scaling, recorded)
-        call.rows.store(index, layer.seen, probabilities)
-        if count == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
+        written_out = query.shape[2] if query.shape[2] <= WRITTEN_OUT else count
+        recorded = None if mask is None else mask[:, :, -written_out:]
+        probabilities = attention_probabilities(query[:, :, -written_out:], keys, scaling, recorded)
+        call.rows.store(index, layer.seen, probabilities[:, :, -count:])
+        if written_out == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
             return weighted_values(probabilities, values)
     if call.everything:
         return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)

@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .tiered_layer import TieredLayer
 
+SUMMED = 1024  # tokens
+
 
 def slots_of(have: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Slots of `wanted` (B, H_kv, c) in the sorted `have` (B, H_kv, n), 0 where absent, and which are there."""
@@ -69,6 +71,20 @@ def positions_of(layers: list["TieredLayer"]) -> Tensor:
     kept = torch.cat([layer.kept_positions for layer in layers])
     tail = torch.arange(layers[0].tail_start, layers[0].seen, device=kept.device)
     return torch.cat((kept, tail.expand(*kept.shape[:2], -1)), dim=2)
+
+
+def value_sum(values: Tensor) -> Tensor:
+    """(B, H_kv, D) float32: sum over the tokens of (B, H_kv, n, D); on CPUs in parts.
+
+    torch sums 16-bit numbers through a float32 copy: of all of them it would be new memory in every layer, which on a
+    virtual machine costs ten times the sum.
+    """
+    if values.device.type != "cpu":
+        return values.sum(dim=2, dtype=torch.float32)
+    total = torch.zeros(*values.shape[:2], values.shape[3])
+    for part in values.split(SUMMED, dim=2):
+        total += part.float().sum(dim=2)
+    return total
 
 
 def enlarged(source: Tensor, slots: int, used: int) -> Tensor:

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .slots import Arrived, Found, enlarged, look_up, positions_of, select, select_both, sent_over, slots_of
+from .slots import (
+    Arrived,
+    Found,
+    enlarged,
+    look_up,
+    positions_of,
+    select,
+    select_both,
+    sent_over,
+    slots_of,
+    value_sum,
+)
 
 RESIDENCIES = ("drop", "offload")
 
@@ -253,7 +264,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.store_k.numel():
             moved = (x.to(self.host) for x in (self.k, self.v))
             self.store_k, self.store_v = (enlarged(x, self.capacity, self.num_slots) for x in moved)
-            self.older_value_sum = self.v[:, :, :tail_start].float().sum(dim=2)
+            self.older_value_sum = value_sum(self.v[:, :, :tail_start])
             if self.shares_memory is None:
                 self.shares_memory = self.store_k.device == self.k.device
             return
@@ -262,7 +273,7 @@ class TieredLayer(CacheLayerMixin):
         old, new = self.num_kept, self.num_kept + tail_start - self.tail_start
         self.store_k[:, :, self.tail_start : tail_start] = self.k[:, :, old:new].to(self.host)
         self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
-        self.older_value_sum += self.v[:, :, old:new].float().sum(dim=2)
+        self.older_value_sum += value_sum(self.v[:, :, old:new])
 
     def send(self, positions: Tensor, arrive: Callable[[], Arrived]) -> None:
         """Entries (B, H_kv, m) of the host store are under way to the device; the next `retain` takes them in."""

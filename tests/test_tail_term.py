@@ -6,6 +6,7 @@ from pretend_device import AWAY, CROSSING, SecondDevice
 
 from specsmallkv.attention import AttentionCall, AttentionRows, attend
 from specsmallkv.backends import attention_probabilities, reference_attention
+from specsmallkv.slots import value_sum
 from specsmallkv.tail_term import tail_terms
 from specsmallkv.tiered_layer import TieredLayer
 
@@ -62,6 +63,13 @@ def test_equal_values_in_the_far_remainder_lose_nothing_by_their_mean(block, poo
     layer.older_value_sum = layer.store_v[:, :, : layer.tail_start].sum(dim=2)
     full = reference_attention(query, k, v, DIM**-0.5)
     torch.testing.assert_close(read(layer, query, k, v, factor=1.0, pool=pool), full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 6, 7])
+def test_a_sum_of_values_in_parts_is_the_sum(length, monkeypatch):
+    monkeypatch.setattr("specsmallkv.slots.SUMMED", 3)
+    values = torch.randn(1, H_KV, length, DIM).bfloat16()
+    torch.testing.assert_close(value_sum(values), values.float().sum(dim=2))
 
 
 def test_the_sum_of_stored_values_follows_the_window(block):
