@@ -334,16 +334,13 @@ class Decoder(Passes):
             return
         drafting.catch_up(self, sequence)
         observation.observe_if_needed(self, sequence)
-        if self.policy.every_round:
-            if not self.policy.keeps_window:
-                evidence.forget_window(every_round=True)
-            return  # moves memory in `plan`, with the next block's rows
-        if evidence.oracle is not None:
-            evidence.saliency = evidence.oracle.interval_saliency(seen)
-            evidence.oracle.refresh()
-        planning.retain(self, sequence, self.num_waiting)
+        if not self.policy.every_round:  # else memory moves in `plan`, with the next block's rows
+            if evidence.oracle is not None:
+                evidence.saliency = evidence.oracle.interval_saliency(seen)
+                evidence.oracle.refresh()
+            planning.retain(self, sequence, self.num_waiting)
         if not self.policy.keeps_window:
-            evidence.forget_window(every_round=False)
+            evidence.forget_window(self.policy.every_round)
 
     # --- sizes -----------------------------------------------------------------------------------------------------
 

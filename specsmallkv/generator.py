@@ -1,6 +1,6 @@
 """The Python API: text in, text out, with the figures of the run.
 
-    spec = SpecSmallKV.from_pretrained("Qwen/Qwen2-7B-Instruct", draft="Qwen/Qwen2-0.5B-Instruct", kv_budget=0.1)
+    spec = SpecSmallKV.from_preset("smollm2-135m", kv_budget=0.2)
     print(spec.generate("Why is the sky blue?").text)
 
 Everything about tokens happens in `decode.py`; this file turns prompts into ids, and `generation.py` ids into text
@@ -24,7 +24,7 @@ from .generation_config import eos_ids, refuse_other_inputs, refuse_unsupported,
 from .models import ModelPair, load_pair
 from .policies import Policy
 from .prefill import check_prefill
-from .presets import load_policy
+from .presets import load_model_settings, load_policy
 from .prompts import Messages
 from .sampling import Sampler
 
@@ -78,6 +78,8 @@ class SpecSmallKV:
     ) -> "SpecSmallKV":
         """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy.
 
+        Raises UserError for what cannot be loaded or cannot work together.
+
         head_map: a file that `task=calibrate` wrote for this pair; UserError if it belongs to other models, unless
         head_map_check is false. draft_view_size: tokens of its own long cache that the draft's steps read; 0: all.
         draft_vocab_size: tokens, those of the lowest ids, that it may propose besides its context's; 0: all.
@@ -92,6 +94,14 @@ class SpecSmallKV:
         config = ModelConfig(target, target, draft, *options)
         controller = Controller(view_size=draft_view_size)
         return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention, controller)
+
+    @classmethod
+    def from_preset(cls, name: str = "smollm2-135m", **options: Any) -> "SpecSmallKV":
+        """Load the pair of a preset of conf/model, e.g. the embedded one, which needs no hub.
+
+        options: of `from_pretrained`, in the place of the preset's. Raises UserError for an unknown name.
+        """
+        return cls.from_pretrained(**load_model_settings(name) | options)
 
     def decoder(self, sampler: Sampler | None = None, policy: Policy | None = None) -> Decoder:
         """A decoder under the generator's own policy or another one."""

@@ -26,12 +26,21 @@ def load_policy(name: str, **overrides: Any) -> Policy:
 
     Raises UserError for an unknown name or field, or a value that the policy refuses.
     """
-    if name not in names("policy"):
-        raise UserError(f"policy={name} is unknown; choose one of {', '.join(names('policy'))}.")
-    preset = OmegaConf.load(CONFIG_DIR / "policy" / f"{name}.yaml")
+    preset = _load("policy", name)
     if unknown := sorted(set(overrides) - set(preset)):
         raise UserError(f"policy={name} has no field {unknown[0]}; it has {', '.join(str(k) for k in preset)}.")
     return build(OmegaConf.merge(preset, overrides), "policy")
+
+
+def load_model_settings(name: str) -> dict[str, Any]:
+    """What `conf/model/<name>.yaml` says of a pair, but for its name. Raises UserError for an unknown name."""
+    return {str(key): value for key, value in _load("model", name).items() if key != "name"}
+
+
+def _load(group: str, name: str) -> Any:
+    if name not in names(group):
+        raise UserError(f"{group}={name} is unknown; choose one of {', '.join(names(group))}.")
+    return OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
 
 
 def target_class(node: Any, group: str) -> type | None:

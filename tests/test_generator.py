@@ -1,10 +1,13 @@
 """The Python API on the tiny random pair."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import MinLengthLogitsProcessor
 
 from specsmallkv import SpecSmallKV, UserError, load_policy
+from specsmallkv.presets import load_model_settings, names
 
 TARGET = "random:llama?layers=3&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
 DRAFT = "random:llama?layers=1&hidden=32&heads=4&kv_heads=2&vocab=320&seed=1"
@@ -116,6 +119,7 @@ def test_a_generation_that_never_began_has_null_figures(spec):
             "beside a policy",
         ),
         (lambda spec: SpecSmallKV(spec.pair, spec.policy, attention="flash"), "needs a CUDA device"),
+        (lambda _: SpecSmallKV.from_preset("qwen2-8b"), "model=qwen2-8b is unknown; choose one of .*qwen2-7b"),
         (lambda _: SpecSmallKV.from_pretrained(TARGET, DRAFT, linear="pack"), "model.linear='pack'"),
         (lambda _: SpecSmallKV.from_pretrained(TARGET, DRAFT, compile="defualt"), "model.compile='defualt'"),
         (
@@ -153,6 +157,19 @@ def test_a_fifth_of_a_long_prompt_is_a_fifth_of_the_bytes(spec, name):
 def test_no_draft_is_loaded_when_nothing_needs_it():
     spec = SpecSmallKV.from_pretrained(TARGET, DRAFT, policy="full", num_draft_tokens=0, dtype="float32")
     assert spec.pair.draft is None and spec.generate(PROMPT, max_new_tokens=3).figures()["draft_kv_bytes"] == 0
+
+
+def test_a_model_preset_is_loaded_by_its_name_with_options_in_the_place_of_its_own():
+    preset = load_model_settings("tiny-random")
+    spec = SpecSmallKV.from_preset("tiny-random", kv_budget=0.3, dtype="float32", num_draft_tokens=2)
+    same = SpecSmallKV.from_pretrained(preset["target"], preset["draft"], kv_budget=0.3, dtype="float32")
+    assert (spec.policy.kv_budget, spec.num_draft_tokens, spec.pair.target.dtype) == (0.3, 2, torch.float32)
+    assert torch.equal(spec.pair.target.lm_head.weight, same.pair.target.lm_head.weight)
+
+
+def test_every_model_preset_has_settings_that_the_api_takes():
+    known = set(inspect.signature(SpecSmallKV.from_pretrained).parameters)
+    assert all(set(load_model_settings(name)) <= known for name in names("model"))
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 3])

@@ -118,8 +118,28 @@ class ThroughputTask:
             spec, originals = self._load(config, policies)
         refuse_windows("task=throughput", *(m.config for m in (spec.pair.target, spec.pair.draft) if m is not None))
         batches, machine = self._batches(config, spec), measure_machine(spec.pair.target)
+        by_prompt, interrupted = self._by_prompt(config, spec, policies, originals, batches, machine, display)
+        rows = over_prompts(by_prompt)
+        display.throughput(rows)
+        figures = headline(rows, chosen, config.speculation.name) | {"systems": rows, "machine": vars(machine)}
+        figures |= {"threads": torch.get_num_threads(), "interrupted": interrupted}
+        figures |= {"by_prompt": by_prompt} if len(by_prompt) > 1 else {}
+        done = [len(tokens) for batch in batches[: len(by_prompt)] for tokens in batch]
+        figures |= {"num_prompts": len(done), "batch_size": config.batch_size, "prompt_tokens": median(done)}
+        return setting_figures(config, spec) | figures
+
+    def _by_prompt(
+        self,
+        config: RunConfig,
+        spec: SpecSmallKV,
+        policies: dict[str, Policy],
+        originals: list[Slot],
+        batches: list[list[list[int]]],
+        machine: Machine,
+        display: Display,
+    ) -> tuple[list[list[Row]], bool]:
+        """Each batch's row per system, and whether Ctrl-C ended it, which only the first batch can survive in part."""
         by_prompt: list[list[Row]] = []
-        interrupted = False
         for number, batch in enumerate(batches):
             prompts = []
             try:
@@ -133,18 +153,11 @@ class ThroughputTask:
             except KeyboardInterrupt:
                 if not by_prompt:
                     raise
-                interrupted, rows = True, []
-            by_prompt += [rows] if not interrupted or not by_prompt else []  # a part of a later prompt is no prompt
+                return by_prompt, True
             if interrupted:
-                break
-        rows = over_prompts(by_prompt)
-        display.throughput(rows)
-        figures = headline(rows, chosen, config.speculation.name) | {"systems": rows, "machine": vars(machine)}
-        figures |= {"threads": torch.get_num_threads(), "interrupted": interrupted}
-        figures |= {"by_prompt": by_prompt} if len(by_prompt) > 1 else {}
-        done = [len(tokens) for batch in batches[: len(by_prompt)] for tokens in batch]
-        figures |= {"num_prompts": len(done), "batch_size": config.batch_size, "prompt_tokens": median(done)}
-        return setting_figures(config, spec) | figures
+                return by_prompt or [rows], True
+            by_prompt.append(rows)
+        return by_prompt, False
 
     # --- what is measured ----------------------------------------------------------------------------------------
 
