@@ -245,11 +245,12 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
     mask = None if call.everything and layer.window is None else visible(layer, query.shape[2])
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
     if call.rows and count:
-        written_out = query.shape[2] if query.shape[2] <= WRITTEN_OUT else count
+        few = query.shape[2] <= WRITTEN_OUT and not layer.num_kept  # else tiers add to what is not recorded
+        written_out = query.shape[2] if few else count
         recorded = None if mask is None else mask[:, :, -written_out:]
         probabilities = attention_probabilities(query[:, :, -written_out:], keys, scaling, recorded)
         call.rows.store(index, layer.seen, probabilities[:, :, -count:])
-        if written_out == query.shape[2]:  # a drafting step: its rows are the attention, nothing is computed twice
+        if written_out == query.shape[2]:  # the rows are the attention, nothing is computed twice
             return weighted_values(probabilities, values)
     if call.everything:
         return compensate(BACKENDS[call.backend](query, keys, values, scaling, mask), layer)

@@ -81,7 +81,7 @@ def value_sum(values: Tensor) -> Tensor:
     """
     if values.device.type != "cpu":
         return values.sum(dim=2, dtype=torch.float32)
-    total = torch.zeros(*values.shape[:2], values.shape[3])
+    total = torch.zeros(*values.shape[:2], values.shape[3], dtype=torch.float32)
     for part in values.split(SUMMED, dim=2):
         total += part.float().sum(dim=2)
     return total

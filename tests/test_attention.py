@@ -83,6 +83,32 @@ def test_recording_changes_no_output_and_records_only_the_rows_asked_for(written
         torch.testing.assert_close(rows.values, alone)
 
 
+def recorded_last(layer, query):
+    """Output and row of the last query, where it alone is recorded."""
+    rows = AttentionRows(1, H_Q, 1, layer.seen, query.device)
+    rows.start(layer.seen - 1, 1)
+    return attend(layer, 0, query, SCALE, AttentionCall(rows=rows)), rows.values
+
+
+def test_recording_some_rows_takes_nothing_from_what_marginal_tokens_add():
+    query, keys, values = random_qkv(3, 12)
+    layer = filled_layer(keys, values)
+    layer.retain(torch.tensor([[[0, 1], [0, 2]]]), torch.tensor([[[3], [4]]]), 8)
+    layer.marginal_weights = torch.full((1, H_Q, 3, 1), 0.2)
+    plain = attend(layer, 0, query, SCALE, AttentionCall())
+    torch.testing.assert_close(recorded_last(layer, query)[0], plain, atol=1e-6, rtol=1e-5)
+
+
+def test_recording_some_rows_keeps_to_a_sliding_window():
+    query, keys, values = random_qkv(3, 12)
+    layer = TieredLayer(12, window=5)
+    layer.update(keys, values)
+    plain = attend(layer, 0, query, SCALE, AttentionCall())
+    out, row = recorded_last(layer, query)
+    torch.testing.assert_close(out, plain, atol=1e-6, rtol=1e-5)
+    assert row[..., :7].eq(0).all() and row[..., 7:].gt(0).all()
+
+
 def test_the_last_queries_are_kept_across_chunks():
     query, keys, values = random_qkv(8, 8)
     layer, call = TieredLayer(8), AttentionCall(num_queries=5)
