@@ -94,11 +94,11 @@ def test_a_shipped_head_map_is_small_named_after_a_model_and_says_what_it_was_ma
 def test_the_default_pairs_head_map_is_of_the_draft_that_ships():
     """Fetches the default target, if it is not there yet; a map of other weights would be refused."""
     from specsmallkv.models import load_pair
+    from specsmallkv.presets import load_model_settings
 
     name = "smollm2-135m"
-    config = OmegaConf.to_object(OmegaConf.merge(ModelConfig, OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")))
-    config.head_map = f"package:maps/{name}.safetensors"
-    assert load_pair(config, need_draft=True, quiet=True).head_map is not None
+    settings = load_model_settings(name) | {"head_map": f"package:maps/{name}.safetensors"}
+    assert load_pair(ModelConfig(name, **settings), need_draft=True, quiet=True).head_map is not None
 
 
 def test_the_command_line_is_there_before_torch():
