@@ -22,7 +22,8 @@ def start(decoder: "Decoder", prompt: list[int], max_new_tokens: int) -> Sequenc
     """Caches and scratch for one sequence."""
     limit, num_layers = len(prompt) + max_new_tokens, decoder.target.config.num_hidden_layers
     room, resident = _room(decoder, limit, max_new_tokens)
-    target = TieredCache(num_layers, limit + room, resident, decoder.windows, residency=decoder.policy.residency)
+    kind = {"residency": decoder.policy.residency, "marginal_bits": decoder.policy.marginal_bits}
+    target = TieredCache(num_layers, limit + room, resident, decoder.windows, **kind)
     draft = full_cache(decoder.draft_model, limit + room) if decoder.draft_model else None
     evidence = Evidence(
         attention_scaling(decoder.target.config), decoder.budgeted, _oracle(decoder, room, limit + room)

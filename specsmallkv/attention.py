@@ -27,6 +27,7 @@ from .backends import (
 )
 from .cache_group import LayerGroup
 from .draft_view import DraftView
+from .packed_values import weighted_sum
 from .tiered_layer import TieredLayer
 
 NAME = "specsmallkv"
@@ -215,7 +216,7 @@ def compensate(output: Tensor, layer: TieredLayer) -> Tensor:
     if weights is None or layer.num_marginal == 0:
         return output
     rest = (1 - weights.sum(dim=-1, keepdim=True)).to(output.dtype)
-    return rest * output + weighted_values(weights, layer.marginal_v)
+    return rest * output + weighted_sum(weights, layer.marginal, layer.marginal_bits)
 
 
 def read_tiers(layer: TieredLayer, query: Tensor, scaling: float, mask: Tensor | None, backend: str) -> Tensor:

@@ -20,10 +20,13 @@ def softcap_of(scaling: float) -> float | None:
     return scaling.softcap if isinstance(scaling, Scaling) else None
 
 
+def head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def attention_scaling(config: Any) -> Scaling:
     """1 / sqrt(head_dim), as Llama, Mistral and Qwen scale their scores; Gemma2 names its own and caps them."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim
+    scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim(config)
     return Scaling(scalar**-0.5, getattr(config, "attn_logit_softcapping", None))
 
 

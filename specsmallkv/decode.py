@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from . import allocation, branching, drafting, foreseen, observation, planning, turns
 from .attention import AttentionCall, use_tiered_attention
-from .attention_form import layer_windows, refuse_windows
+from .attention_form import head_dim, layer_windows, refuse_windows
 from .backends import check_model, check_selection
 from .controller import Controller, Decision
 from .matching import HeadMap
@@ -48,7 +48,8 @@ class Decoder(Passes):
     ):
         assert draft is not None or not (num_draft_tokens or policy.reads_draft), "this needs a draft model"
         super().__init__(target, draft if num_draft_tokens or policy.reads_draft else None, attention)
-        self.policy, self.num_draft_tokens = policy, num_draft_tokens
+        self.policy = policy.fitted(head_dim(target.config), target.dtype.itemsize)
+        self.num_draft_tokens = num_draft_tokens
         self.shard = shard_of(target)
         self.sampler, self.head_map = sampler or Sampler(), self.shard.own(head_map)
         self.controller = controller

@@ -3,7 +3,7 @@
 What lies where, for every batch row and KV head (heads are never repeated in storage):
 
     device buffer   [ kept: critical K and V, older tokens | tail: recent window, pending tokens, verify block ]
-    marginal        V only, positions beside it
+    marginal        V only, packed or as it is, positions beside it
     host store      K and V of every token older than the tail (residency "offload" only)
 
 The kept region holds any subset of the older tokens, sorted by position; the tail is contiguous and ends at `seen`.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .packed_values import Stored, chosen, pack, unpack
 from .slots import (
     Arrived,
     Found,
@@ -58,6 +59,7 @@ class TieredLayer(CacheLayerMixin):
     resident_capacity: slots of the buffer that replaces it then; None keeps the first one for good.
     residency: "drop" frees what is not kept; "offload" keeps all of it in a host store of `capacity` tokens.
     host: device of that store.
+    marginal_bits: in which marginal values are held; None: as they come.
     window: of a sliding-window layer, whose queries see so many tokens, themselves included. It stays exact, outside
     of every budget: nothing is kept but the tail, which `slide` shortens to what a window can still reach.
     """
@@ -73,12 +75,14 @@ class TieredLayer(CacheLayerMixin):
         residency: str = "drop",
         host: str = "cpu",
         window: int | None = None,
+        marginal_bits: int | None = None,
     ):
         super().__init__()
         self.window = window
         assert residency in RESIDENCIES, f"residency is {residency!r}, expected one of {RESIDENCIES}"
         self.capacity, self.resident_capacity = capacity, resident_capacity
         self.residency, self.host = residency, host
+        self.marginal_bits = marginal_bits
         self.first_capacity: int | None = None  # of the buffer before the first `retain`, if it is evicted while read
         self.shares_memory: bool | None = None  # host and device are one memory; None until the first flush
         self.reset()
@@ -92,7 +96,7 @@ class TieredLayer(CacheLayerMixin):
         self.tail_start = 0  # logical position of the first tail token
         self.kept_positions = torch.empty(0, 0, 0, dtype=torch.long)  # (B, H_kv, num_kept), sorted
         self.marginal_positions = self.kept_positions  # (B, H_kv, num_marginal), sorted
-        self.marginal_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_marginal, D)
+        self.marginal: Stored = (torch.empty(0, 0, 0, 0),)  # of (B, H_kv, num_marginal, D): `packed_values.py`
         self.older_value_sum = torch.empty(0, 0, 0)  # (B, H_kv, D) float32: sum of V over the host store
         self.tail_term: Any = None  # a tail_term.TailTerm, set with each set
         self.marginal_weights: Tensor | None = None  # (B, H_q, q, num_marginal), set before each verify pass
@@ -111,7 +115,7 @@ class TieredLayer(CacheLayerMixin):
         self.kept_positions = self.marginal_positions = torch.empty(
             batch, heads, 0, dtype=torch.long, device=key_states.device
         )
-        self.marginal_v = value_states.new_empty(batch, heads, 0, dim)
+        self.marginal = pack(value_states[:, :, :0], self.marginal_bits)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +156,11 @@ class TieredLayer(CacheLayerMixin):
     @property
     def num_marginal(self) -> int:
         return self.marginal_positions.shape[2]
+
+    @property
+    def marginal_v(self) -> Tensor:
+        """(B, H_kv, num_marginal, D), unpacked."""
+        return unpack(self.marginal, self.marginal_bits)
 
     @property
     def num_slots(self) -> int:
@@ -235,19 +244,19 @@ class TieredLayer(CacheLayerMixin):
             positions = critical, marginal
             self._flush(tail_start)
             kept_k, kept_v = self._recall(critical, found or look_up([self], [critical], row_mask is not None)[0])
-            marginal_v = select(self.store_v, marginal).to(self.v.device)
+            values = pack(select(self.store_v, marginal), self.marginal_bits)
         else:
             candidates = self.candidates(tail_start).positions
             positions = candidates.gather(2, critical), candidates.gather(2, marginal)
             kept_k, kept_v = select_both((self.k, self.v), critical)
-            marginal_v = select(torch.cat((self.v[:, :, : tail.start], self.marginal_v), dim=2), marginal)
+            values = chosen(self.v[:, :, : tail.start], self.marginal, marginal, self.marginal_bits)
         length = kept + tail_k.shape[2]
         self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
         self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
         if kept != tail.start or self.k is not buffer:
             self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         (self.kept_positions, self.marginal_positions), self.tail_start = positions, tail_start
-        self.marginal_v = marginal_v
+        self.marginal = tuple(part.to(self.v.device) for part in values)
         self.marginal_weights = self.tail_term = None
         self.row_mask = row_mask
 
@@ -342,13 +351,18 @@ class TieredLayer(CacheLayerMixin):
         return 2 * self.k.shape[3] * self.k.element_size()
 
     @property
+    def marginal_nbytes(self) -> int:
+        """Bytes of the marginal values, with their scales and offsets."""
+        return sum(part.nbytes for part in self.marginal)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of K and V in use on the device."""
-        return self.keys.nbytes + self.values.nbytes + self.marginal_v.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.marginal_nbytes
 
     @property
     def allocated_nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes + self.marginal_v.nbytes
+        return self.k.nbytes + self.v.nbytes + self.marginal_nbytes
 
     @property
     def host_nbytes(self) -> int:

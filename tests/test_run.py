@@ -211,6 +211,19 @@ def test_distill_keeps_answers_that_were_written_whole(tmp_path):
         distill.read_answers(path, by)
 
 
+def test_distill_asks_the_target_only_for_answers_that_it_lacks(run, tmp_path, text_file, monkeypatch):
+    asked, rows = [], [f'{{"prompt": "{word}"}}\n' for word in ("Hello", "Why is it so?", "Go on")]
+    monkeypatch.setattr(
+        distill, "sample_batch", lambda target, prompts, *_: asked.append(len(prompts)) or [[65, 66]] * len(prompts)
+    )
+    for count in (2, 3, 3):
+        (tmp_path / "asked.jsonl").write_text("".join(rows[:count]))
+        (tmp_path / "distilled" / "checkpoint.safetensors").unlink(missing_ok=True)
+        more = [f"task.prompts_file={tmp_path / 'asked.jsonl'}", "quiet=true"]
+        assert run("task=distill", *arguments("distill", text_file), *more)[0] == 0
+    assert asked == [2, 1]
+
+
 def test_a_damaged_checkpoint_is_one_sentence(run, tmp_path, text_file):
     (tmp_path / "distilled").mkdir()
     (tmp_path / "distilled" / "checkpoint.safetensors").write_bytes(b"half a file")

@@ -94,7 +94,7 @@ def test_marginal_values_are_added_and_their_weights_taken_from_the_rest(q, num_
     query, keys, values = qkv(q, 120)
     layer = TieredLayer(120)
     layer.update(keys, values)
-    layer.marginal_v = numbers((1, 2, num_marginal, DIM), 7)
+    layer.marginal = (numbers((1, 2, num_marginal, DIM), 7),)
     layer.marginal_positions = torch.zeros(1, 2, num_marginal, dtype=torch.long, device=DEVICE)
     weights = torch.rand(1, 6, q, num_marginal, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     layer.marginal_weights = weights / weights.sum(-1, keepdim=True) * 0.4

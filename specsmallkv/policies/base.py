@@ -3,6 +3,7 @@
 So they compare byte for byte. A policy is stateless between sequences: what it freezes lies in the `Evidence`.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..packed_values import entry_cost
 from ..ranking import largest
 from ..tiered_layer import RESIDENCIES, Candidates, TieredLayer
 from .evidence import Evidence
@@ -18,7 +20,7 @@ from .evidence import Evidence
 
 @dataclass(frozen=True)
 class TierSizes:
-    """Tokens per KV head: critical counts the recent window, marginal entries cost half as much."""
+    """Tokens per KV head: critical counts the recent window, marginal entries cost `Policy.marginal_cost` as much."""
 
     critical: int
     marginal: int
@@ -61,6 +63,8 @@ class Policy(ABC):
     lookahead = "block"  # which of the draft's rows of a verify block are read: `oracle.LOOKAHEADS`
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
+    marginal_bits: int | None = None  # of the marginal values; None: as the cache holds them
+    marginal_cost = 0.5  # bytes of a marginal entry over a critical one's: `fitted`
     compensation = "none"
     own_share = 0.0  # part of the score that is the target's own attention
     prefill_chunk = 0  # tokens that the target reads between two evictions of its prompt: `prefill.py`
@@ -135,16 +139,22 @@ class Policy(ABC):
 
     def tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
         """Sizes of one layer for `seen` committed tokens; sinks and window are kept even if the budget is smaller."""
-        units = self.layer_units(seen, index, num_layers)
+        units, cost = self.layer_units(seen, index, num_layers), self.marginal_cost
         critical = int((1 - self.marginal_share) * units + 1e-9)
-        marginal = int(2 * (units - critical) + 1e-9) if self.marginal_share else 0
+        marginal = int((units - critical) / cost + 1e-9) if self.marginal_share else 0
         if critical + marginal > seen:  # near budget 1 there are not enough tokens left to be marginal
-            marginal = int(2 * (seen - units) + 1e-9)
-            critical = int(units - marginal / 2 + 1e-9)
+            marginal = int((seen - units) / (1 - cost) + 1e-9)
+            critical = int(units - cost * marginal + 1e-9)
         least = min(self.num_sink_tokens + self.window_size, seen)
         if critical < least:
-            critical, marginal = least, max(0, min(int(2 * (units - least)), seen - least))
+            critical, marginal = least, max(0, min(int((units - least) / cost), seen - least))
         return TierSizes(critical, marginal)
+
+    def fitted(self, head_dim: int, itemsize: int) -> "Policy":
+        """For a cache of heads of so many numbers of so many bytes each: what a marginal entry costs there."""
+        own = copy.copy(self)
+        own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
+        return own
 
     def due(self, seen: int) -> bool:
         """Whether a cache of `seen` committed tokens has to be planned now: if any layer has, the mean layer has."""

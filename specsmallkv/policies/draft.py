@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..matching import METHODS
+from ..packed_values import BITS
 from ..slots import slots_of
 from ..tiered_layer import Candidates, TieredLayer
 from .base import Plan, Policy
@@ -65,6 +66,7 @@ class SmallKV(DraftPolicy):
 
     marginal_share: part of the budget's bytes spent on marginal tokens, in [0, 1); none where the head map's
     mean cosine is below marginal_similarity, or the draft is not trusted: poor odds do more harm than their bytes.
+    marginal_bits: of their values, 4 or 8, each vector with a scale and an offset of its own; None: as they come.
     compensation: "renormalised" (odds against the kept set), "raw" (the draft's own mass) or "none".
     own_share: part of the score that is the target's own attention so far, a mean over the queries that could see the
     token; the rest is the draft's, of the rows since the last refresh and of `num_foreseen_tokens` tokens that it
@@ -74,6 +76,7 @@ class SmallKV(DraftPolicy):
     compensation: str = "renormalised"
     marginal_share: float = 0.25
     marginal_similarity: float = 0.7
+    marginal_bits: int | None = 4
     own_share: float = 0.5
     num_foreseen_tokens: int = 32
 
@@ -84,6 +87,8 @@ class SmallKV(DraftPolicy):
             value = getattr(self, key)
             if not 0 <= value <= 1 or (most == "1)" and value == 1):
                 raise UserError(f"policy.{key}={value} is outside [0, {most}; give e.g. 0.25.")
+        if self.marginal_bits not in (None, *BITS):
+            raise UserError(f"policy.marginal_bits={self.marginal_bits} is unknown; choose one of null, 4, 8.")
         if self.num_foreseen_tokens < 0:
             raise UserError(
                 f"policy.num_foreseen_tokens={self.num_foreseen_tokens} is negative; give 0 (off) or more."

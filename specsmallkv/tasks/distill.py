@@ -194,7 +194,7 @@ class DistillTask:
         return Curriculum(text, lessons(answers) if len(answers) else None, long, settings)
 
     def _conversations(self, pair: ModelPair, path: Path, seed: int, display: Display) -> list[list[int]]:
-        """Prompts and the target's own answers. Batches hold prompts of like length; a killed one is done again."""
+        """Prompts and the target's own answers; only those not yet answered are asked, in batches of like length."""
         requests = read_requests_file("task.prompts_file", str(self.prompts_file), chat=None)
         prompts = [prompt for prompt in (encode_chat(pair, r) for r in requests) if len(prompt) < PROMPT_LIMIT]
         if not prompts:
@@ -204,18 +204,17 @@ class DistillTask:
         made_by = {"target": fingerprint(pair.target), "seed": seed, "temperature": self.temperature}
         done = read_answers(path, made_by)
         prompts.sort(key=lambda ids: (len(ids), ids))
-        for start in range(0, len(prompts), ANSWER_BATCH):
-            batch = prompts[start : start + ANSWER_BATCH]
-            if all(tuple(prompt) in done for prompt in batch):
-                continue
+        missing = [prompt for prompt in prompts if tuple(prompt) not in done]
+        for start in range(0, len(missing), ANSWER_BATCH):
+            batch = missing[start : start + ANSWER_BATCH]
             heat = [0.0 if i % 5 < 2 else self.temperature for i in range(len(batch))]
-            generator = torch.Generator().manual_seed(seed * 1000 + start)
+            generator = torch.Generator().manual_seed(seed * 1000 + len(done))  # as if nothing had stopped before
             answers = sample_batch(pair.target, batch, heat, ANSWER_TOKENS, pair.eos_token_ids, generator)
             rows = [made_by | {"prompt_ids": p, "answer_ids": a} for p, a in zip(batch, answers, strict=True)]
             with path.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
             done |= {tuple(prompt): answer for prompt, answer in zip(batch, answers, strict=True)}
-            display.console.print(f"{min(start + ANSWER_BATCH, len(prompts))} of {len(prompts)} prompts answered")
+            display.console.print(f"{min(start + ANSWER_BATCH, len(missing))} of {len(missing)} prompts answered")
         return [prompt + done[tuple(prompt)] for prompt in shuffled(prompts, seed)]
 
     def _report(self, pair: ModelPair, trainer: Trainer, output: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..attention_form import layer_windows
+from ..attention_form import head_dim, layer_windows
 from ..config import RunConfig
 from ..decode import Decoder
 from ..display import Display
@@ -121,7 +121,7 @@ class Plan:
             if self.policy.selection == "query":  # a union of sets: at most as many as queries
                 chosen = critical - min(self.policy.window_size, critical)
                 critical = min(event, critical + self.num_draft_tokens * chosen)
-            units += critical + sizes.marginal / 2 + seen - event
+            units += critical + sizes.marginal * self.policy.marginal_cost + seen - event
         return int(units * entry_bytes(config, self.dtype))
 
     def _window_bytes(self, event: int, seen: int) -> int:
@@ -182,8 +182,7 @@ class Plan:
 
 def entry_bytes(config: Any, dtype: torch.dtype) -> int:
     """K and V of one token in one layer."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_dim * dtype.itemsize
+    return 2 * config.num_key_value_heads * head_dim(config) * dtype.itemsize
 
 
 def kv_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype, layers: str = "budgeted") -> int:
@@ -254,9 +253,8 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
     for model in filter(None, (target, draft)):
         model.to(dtype)
     view_size, every = config.speculation.draft_view_size, config.speculation.oracle_every
-    plan = Plan(
-        target, draft, config.policy, num_draft_tokens, dtype, target_bytes, draft_bytes, device, view_size, every
-    )
+    policy = config.policy.fitted(head_dim(target.config), dtype.itemsize)
+    plan = Plan(target, draft, policy, num_draft_tokens, dtype, target_bytes, draft_bytes, device, view_size, every)
     return plan, linear
 
 

@@ -1,0 +1,71 @@
+"""Values of marginal tokens in fewer bits, so that the same bytes hold more of them.
+
+Each KV head's vector of a token has a scale and an offset of its own, in the cache's type (per-token quantisation of V
+as in KIVI, arXiv 2402.02750). A marginal token's weight is small, and so is the rounding's part in the output.
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import fold, weighted_values
+from .slots import select
+
+BITS = (4, 8)
+Stored = tuple[Tensor, ...]  # (values,) as they are, or (codes uint8, scale and offset), all (B, H_kv, m, ...)
+
+
+def pack(values: Tensor, bits: int | None) -> Stored:
+    """Of values (B, H_kv, m, D): codes (B, H_kv, m, D * bits / 8) and (B, H_kv, m, 2); bits None: the values."""
+    if bits is None:
+        return (values,)
+    low, high = values.aminmax(dim=-1, keepdim=True) if values.shape[2] else (values[..., :1], values[..., :1])
+    scale = ((high.float() - low.float()) / (2**bits - 1)).clamp_min(torch.finfo(values.dtype).tiny).to(values.dtype)
+    levels = ((values.float() - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    if bits == 4:  # the first half of the head's dimensions in the low bits, the second in the high ones
+        first, second = levels.chunk(2, dim=-1)
+        levels = first | second << 4
+    return levels, torch.cat((scale, low), dim=-1)
+
+
+def _levels(codes: Tensor, bits: int) -> Tensor:
+    return codes if bits == 8 else torch.cat((codes & 15, codes >> 4), dim=-1)
+
+
+def unpack(stored: Stored, bits: int | None) -> Tensor:
+    """Values (B, H_kv, m, D), in the cache's type."""
+    if bits is None:
+        return stored[0]
+    codes, affine = stored
+    scale, offset = affine.float().split(1, dim=-1)
+    return (_levels(codes, bits) * scale + offset).to(affine.dtype)
+
+
+def weighted_sum(weights: Tensor, stored: Stored, bits: int | None) -> Tensor:
+    """`backends.weighted_values` of weights (B, H_q, q, m), without unpacking: scales go to the weights."""
+    if bits is None:
+        return weighted_values(weights, stored[0])
+    codes, affine = stored
+    scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
+    rows = fold(weights.float(), codes.shape[1])
+    total = (rows * scale) @ _levels(codes, bits).float() + (rows * offset).sum(dim=-1, keepdim=True)
+    return total.view(*weights.shape[:3], -1).to(affine.dtype)
+
+
+def chosen(values: Tensor, stored: Stored, index: Tensor, bits: int | None) -> Stored:
+    """Entries `index` (B, H_kv, m) of values (B, H_kv, n, D) followed by what is stored; only new ones are packed."""
+    count, held = values.shape[2], stored[0].shape[2]
+    if not held or not index.shape[2]:
+        return pack(select(values, index), bits)
+    if not count:
+        return tuple(select(part, index) for part in stored)
+    fresh = pack(select(values, index.clamp(max=count - 1)), bits)
+    old = tuple(select(part, (index - count).clamp(min=0)) for part in stored)
+    is_new = (index < count).unsqueeze(-1)
+    return tuple(torch.where(is_new, a, b) for a, b in zip(fresh, old, strict=True))
+
+
+def entry_cost(head_dim: int, itemsize: int, bits: int | None) -> float:
+    """Bytes of a marginal token over those of one with key and value, both in numbers of `itemsize` bytes."""
+    if bits is None:
+        return 0.5
+    return (head_dim * bits / 8 + 2 * itemsize) / (2 * head_dim * itemsize)
