@@ -227,16 +227,17 @@ def test_streaming_llm_keeps_the_latest():
     assert layer.positions[0, 0].tolist() == [0, 1, 2, 3, *range(N - 76, N)]
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.5, 0.66, 0.8, 0.99, 1.0])
-def test_tier_sizes_fit_the_budget_for_every_length(share, budget):
-    policy = load_policy("smallkv", kv_budget=budget, marginal_share=share)
+def test_tier_sizes_fit_the_budget_for_every_length(share, budget, bits):
+    policy = load_policy("smallkv", kv_budget=budget, marginal_share=share, marginal_bits=bits).fitted(64, 2)
     previous = 0
     for seen in range(1, 1200, 7):
         sizes = policy.tiers(seen)
         least = min(seen, policy.num_sink_tokens + policy.window_size)
         assert sizes.critical + sizes.marginal <= seen
-        assert sizes.critical + sizes.marginal / 2 <= max(budget * seen, least) + 1e-6
+        assert sizes.critical + sizes.marginal * policy.marginal_cost <= max(budget * seen, least) + 1e-6
         assert sizes.critical >= max(least, previous), "the critical tier never shrinks as text grows"
         previous = sizes.critical
 
@@ -307,6 +308,7 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("smallkv", "matching", "best"),
         ("smallkv", "compensation", "yes"),
         ("smallkv", "marginal_share", 1.0),
+        ("smallkv", "marginal_bits", 3),
         ("smallkv", "own_share", 1.5),
         ("smallkv", "num_foreseen_tokens", -1),
         ("smallkv", "evict_block", 0),
