@@ -57,7 +57,9 @@ def test_what_stays_marginal_is_not_packed_again(bits):
         both = torch.cat((new, old), dim=2)
         assert torch.equal(part, torch.stack([both[0, head, index[0, head]] for head in range(HEADS)])[None])
     only_old = chosen(values[:, :, :0], stored, index.clamp(max=399), bits)
-    assert all(torch.equal(part, select(old, index.clamp(max=399))) for part, old in zip(only_old, stored, strict=True))
+    assert all(
+        torch.equal(part, select(old, index.clamp(max=399))) for part, old in zip(only_old, stored, strict=True)
+    )
     assert chosen(values, stored, index[..., :0], bits)[0].shape[2] == 0
 
 
