@@ -228,7 +228,7 @@ def read_tiers(layer: TieredLayer, query: Tensor, scaling: float, mask: Tensor |
     if backend == "triton" and layer.marginal_weights is not None and layer.num_marginal:
         from .triton_attention import Marginal, split_attention
 
-        marginal = Marginal(layer.marginal_weights, layer.marginal_v)
+        marginal = Marginal(layer.marginal_weights, layer.marginal, layer.marginal_bits)
         return split_attention(query, keys, values, scaling, mask, marginal=marginal)[0]
     return compensate(BACKENDS[backend](query, keys, values, scaling, mask), layer)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .attention_form import softcap_of
 from .backends import fold
+from .packed_values import Stored
 
 BLOCK = 64  # keys at a time
 LEAST_PART = 256  # keys of a program, at least
@@ -27,15 +28,42 @@ PARTS_PER_PROCESSOR = 2  # programs for each of a GPU's multiprocessors
 
 
 class Marginal(NamedTuple):
-    """weights (B, H_q, q, m), already normalised, of values (B, H_kv, m, D)."""
+    """weights (B, H_q, q, m), already normalised, of values (B, H_kv, m, D) as `packed_values.pack` stores them."""
 
     weights: Tensor
-    values: Tensor
+    stored: Stored
+    bits: int | None = None
+
+
+@triton.jit
+def _unpacked(values, affine, slot, column, dim, tile, BITS: tl.constexpr):
+    """Values (KEYS, DIM) of these slots: codes times the slot's scale plus its offset; BITS 0: as they are."""
+    width = dim * BITS // 8 if BITS else dim
+    found = tl.load(values + slot[:, None] * width + (column % width)[None, :], mask=tile, other=0)
+    if BITS:
+        if BITS == 4:
+            found = (found >> tl.where(column < width, 0, 4).to(tl.uint8)[None, :]) & 15
+        first = 2 * slot[:, None] + tl.zeros_like(column)[None, :]
+        scale = tl.load(affine + first, mask=tile, other=0.0)
+        offset = tl.load(affine + first + 1, mask=tile, other=0.0)
+        found = (found.to(tl.float32) * scale.to(tl.float32) + offset.to(tl.float32)).to(scale.dtype)
+    return found
 
 
 @triton.jit
 def _marginal_sum(
-    weights, values, first, end, num_rows, num_marginal, dim, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr
+    weights,
+    values,
+    affine,
+    first,
+    end,
+    num_rows,
+    num_marginal,
+    dim,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     """Sum (ROWS, DIM) of a head's values [first, end), each by its weight (num_rows, num_marginal)."""
     row, column, lane = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, KEYS)
@@ -46,7 +74,7 @@ def _marginal_sum(
         at = row[:, None] * num_marginal + slot[None, :]
         w = tl.load(weights + at, mask=(row < num_rows)[:, None] & inside[None, :], other=0.0)
         tile = inside[:, None] & (column < dim)[None, :]
-        v = tl.load(values + slot[:, None] * dim + column[None, :], mask=tile, other=0.0)
+        v = _unpacked(values, affine, slot, column, dim, tile, BITS)
         total += tl.dot(w.to(v.dtype), v, input_precision="ieee")
     return total
 
@@ -63,6 +91,7 @@ def _part(
     index,
     mask,
     marginal_values,
+    affine,
     weights,
     partial,
     extra,
@@ -87,6 +116,7 @@ def _part(
     HAS_MASK: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_MARGINAL: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -133,8 +163,22 @@ def _part(
     if HAS_MARGINAL:
         first = part * part_marginal
         end = tl.minimum(first + part_marginal, num_marginal)
-        own = weights + pair * num_rows * num_marginal, marginal_values + pair * num_marginal * dim
-        sum_ = _marginal_sum(own[0], own[1], first, end, num_rows, num_marginal, dim, ROWS, KEYS, DIM)
+        own = pair * num_marginal  # entries of the heads before
+        width = dim * BITS // 8 if BITS else dim
+        sum_ = _marginal_sum(
+            weights + own * num_rows,
+            marginal_values + own * width,
+            affine + own * 2,
+            first,
+            end,
+            num_rows,
+            num_marginal,
+            dim,
+            BITS,
+            ROWS,
+            KEYS,
+            DIM,
+        )
         tl.store(extra + place[:, None] * dim + column[None, :], sum_, mask=tile)
 
 
@@ -221,7 +265,7 @@ def split_attention(
                 scaling,
                 None if mask is None else mask[:, :, first:last],
                 None if index is None else index[:, :, :end],
-                None if marginal is None else Marginal(marginal.weights[:, :, first:last], marginal.values),
+                None if marginal is None else marginal._replace(weights=marginal.weights[:, :, first:last]),
                 num_parts,
             )
         )
@@ -245,7 +289,7 @@ def _launch(
     assert keys.stride(3) == values.stride(3) == 1, "an entry's numbers lie side by side"
     length, softcap = keys.shape[2] if index is None else index.shape[2], softcap_of(scaling)
     num_parts = num_parts or num_parts_of(length, pairs, keys.device)
-    count = 0 if marginal is None else marginal.values.shape[2]
+    count, bits = (0, None) if marginal is None else (marginal.weights.shape[3], marginal.bits)
     partial, extra = query.new_empty(2, num_parts, pairs, rows, dim, dtype=torch.float32)
     log_sums = partial.new_empty(num_parts, pairs, rows)
     output, log_sum = query.new_empty(query.shape), log_sums.new_empty(query.shape[:3])
@@ -260,6 +304,7 @@ def _launch(
             *(*sizes, heads, dim, float(scaling), softcap or 1.0, *strides),
             **given,
             **tile,
+            BITS=bits or 0,
             KEYS=BLOCK,
         )
         rest = 1 - weights.sum(dim=-1)
@@ -273,13 +318,15 @@ def _tables(
     index: Tensor | None,
     marginal: Marginal | None,
     shape: tuple[int, int, int, int],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Index, mask and marginal values as the kernel reads them, and the weights; what there is none of is empty."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Index, mask, marginal values, their scales and offsets as the kernel reads them, and the weights; or empty."""
     nothing = query.new_empty(0)
+    stored = [] if marginal is None else [part.contiguous() for part in marginal.stored]
     return (
         nothing if index is None else index.contiguous(),
         nothing if mask is None else mask.expand(shape).contiguous().view(torch.uint8),
-        nothing if marginal is None else marginal.values.contiguous(),
+        stored[0] if stored else nothing,
+        stored[1] if stored[1:] else nothing,
     ), (nothing if marginal is None else fold(marginal.weights, shape[1]).float().contiguous())
 
 

@@ -7,6 +7,7 @@ from specsmallkv.attention import AttentionCall, attend, compensate
 from specsmallkv.attention_form import Scaling
 from specsmallkv.backends import BACKENDS, WITH_SINKS, attention_with_sinks, reference_attention
 from specsmallkv.decode import Decoder
+from specsmallkv.packed_values import BITS, pack
 from specsmallkv.presets import load_policy
 from specsmallkv.slots import select
 from specsmallkv.tiered_layer import TieredLayer
@@ -81,20 +82,22 @@ def test_capped_scores():
     assert (expected - reference_attention(query, keys, values, 1.0)).abs().max() > 0.05  # the cap matters here
 
 
-def test_parts_share_the_marginal_values_too():
+@pytest.mark.parametrize("bits", [None, *BITS])
+def test_parts_share_the_marginal_values_too(bits):
     query, keys, values = qkv(2, 120)
     weights = torch.rand(1, 6, 2, 77, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 100
-    marginal = Marginal(weights, numbers((1, 2, 77, DIM), 7))
+    marginal = Marginal(weights, pack(numbers((1, 2, 77, DIM), 7), bits), bits)
     whole, parted = (split_attention(query, keys, values, SCALE, marginal=marginal, num_parts=n)[0] for n in (1, 3))
     torch.testing.assert_close(parted, whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [None, *BITS])
 @pytest.mark.parametrize("q, num_marginal", [(1, 3), (4, 100), (50, 90)])
-def test_marginal_values_are_added_and_their_weights_taken_from_the_rest(q, num_marginal):
+def test_marginal_values_are_added_and_their_weights_taken_from_the_rest(q, num_marginal, bits):
     query, keys, values = qkv(q, 120)
-    layer = TieredLayer(120)
+    layer = TieredLayer(120, marginal_bits=bits)
     layer.update(keys, values)
-    layer.marginal = (numbers((1, 2, num_marginal, DIM), 7),)
+    layer.marginal = pack(numbers((1, 2, num_marginal, DIM), 7), bits)
     layer.marginal_positions = torch.zeros(1, 2, num_marginal, dtype=torch.long, device=DEVICE)
     weights = torch.rand(1, 6, q, num_marginal, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     layer.marginal_weights = weights / weights.sum(-1, keepdim=True) * 0.4
