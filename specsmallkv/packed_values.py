@@ -7,7 +7,7 @@ as in KIVI, arXiv 2402.02750). A marginal token's weight is small, and so is the
 import torch
 from torch import Tensor
 
-from .backends import fold, weighted_values
+from .backends import fold, weighted_values, widened
 from .slots import select
 
 BITS = (4, 8)
@@ -22,13 +22,15 @@ def pack(values: Tensor, bits: int | None) -> Stored:
     scale = ((high.float() - low.float()) / (2**bits - 1)).clamp_min(torch.finfo(values.dtype).tiny).to(values.dtype)
     levels = ((values.float() - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:  # the first half of the head's dimensions in the low bits, the second in the high ones
+        assert values.shape[3] % 2 == 0, f"{values.shape[3]} dimensions cannot be packed in pairs"
         first, second = levels.chunk(2, dim=-1)
         levels = first | second << 4
     return levels, torch.cat((scale, low), dim=-1)
 
 
-def _levels(codes: Tensor, bits: int) -> Tensor:
-    return codes if bits == 8 else torch.cat((codes & 15, codes >> 4), dim=-1)
+def _levels(codes: Tensor, bits: int) -> list[Tensor]:
+    """Of the head's dimensions in order, uint8."""
+    return [codes] if bits == 8 else [codes & 15, codes >> 4]
 
 
 def unpack(stored: Stored, bits: int | None) -> Tensor:
@@ -37,21 +39,30 @@ def unpack(stored: Stored, bits: int | None) -> Tensor:
         return stored[0]
     codes, affine = stored
     scale, offset = affine.float().split(1, dim=-1)
-    return (_levels(codes, bits) * scale + offset).to(affine.dtype)
+    return (torch.cat(_levels(codes, bits), dim=-1) * scale + offset).to(affine.dtype)
 
 
 def weighted_sum(weights: Tensor, stored: Stored, bits: int | None) -> Tensor:
-    """`backends.weighted_values` of weights (B, H_q, q, m), without unpacking: scales go to the weights."""
+    """`backends.weighted_values` of weights (B, H_q, q, m); the scales go to the weights, so codes are a factor."""
     if bits is None:
         return weighted_values(weights, stored[0])
     codes, affine = stored
     scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
     rows = fold(weights.float(), codes.shape[1])
-    total = (rows * scale) @ _levels(codes, bits).float() + (rows * offset).sum(dim=-1, keepdim=True)
+    scaled, shift = rows * scale, (rows * offset).sum(dim=-1, keepdim=True)
+    total = torch.cat([_product(scaled, part, affine.dtype) for part in _levels(codes, bits)], dim=-1) + shift
     return total.view(*weights.shape[:3], -1).to(affine.dtype)
 
 
-def chosen(values: Tensor, stored: Stored, index: Tensor, bits: int | None) -> Stored:
+def _product(rows: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """On GPUs in bfloat16, if the cache is: its 8 bits hold every level. float16 would lose small weights."""
+    if levels.device.type != "cpu":
+        levels = levels.to(dtype if dtype == torch.bfloat16 else torch.float32)
+    left, right = widened(rows, levels)
+    return (left @ right).float()
+
+
+def choose(values: Tensor, stored: Stored, index: Tensor, bits: int | None) -> Stored:
     """Entries `index` (B, H_kv, m) of values (B, H_kv, n, D) followed by what is stored; only new ones are packed."""
     count, held = values.shape[2], stored[0].shape[2]
     if not held or not index.shape[2]:

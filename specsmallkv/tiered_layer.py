@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .packed_values import Stored, chosen, pack, unpack
+from .packed_values import Stored, choose, pack, unpack
 from .slots import (
     Arrived,
     Found,
@@ -160,7 +160,7 @@ class TieredLayer(CacheLayerMixin):
     @property
     def marginal_v(self) -> Tensor:
         """(B, H_kv, num_marginal, D), unpacked."""
-        return unpack(self.marginal, self.marginal_bits)
+        return unpack(self.marginal, self.marginal_bits if self.is_initialized else None)
 
     @property
     def num_slots(self) -> int:
@@ -244,19 +244,19 @@ class TieredLayer(CacheLayerMixin):
             positions = critical, marginal
             self._flush(tail_start)
             kept_k, kept_v = self._recall(critical, found or look_up([self], [critical], row_mask is not None)[0])
-            values = pack(select(self.store_v, marginal), self.marginal_bits)
+            values = pack(select(self.store_v, marginal).to(self.v.device), self.marginal_bits)
         else:
             candidates = self.candidates(tail_start).positions
             positions = candidates.gather(2, critical), candidates.gather(2, marginal)
             kept_k, kept_v = select_both((self.k, self.v), critical)
-            values = chosen(self.v[:, :, : tail.start], self.marginal, marginal, self.marginal_bits)
+            values = choose(self.v[:, :, : tail.start], self.marginal, marginal, self.marginal_bits)
         length = kept + tail_k.shape[2]
         self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
         self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
         if kept != tail.start or self.k is not buffer:
             self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         (self.kept_positions, self.marginal_positions), self.tail_start = positions, tail_start
-        self.marginal = tuple(part.to(self.v.device) for part in values)
+        self.marginal = values
         self.marginal_weights = self.tail_term = None
         self.row_mask = row_mask
 

@@ -36,17 +36,18 @@ class Marginal(NamedTuple):
 
 
 @triton.jit
-def _unpacked(values, affine, slot, column, dim, tile, BITS: tl.constexpr):
+def _unpacked(values, affine, slot, inside, column, dim, BITS: tl.constexpr):
     """Values (KEYS, DIM) of these slots: codes times the slot's scale plus its offset; BITS 0: as they are."""
+    tile = inside[:, None] & (column < dim)[None, :]
     width = dim * BITS // 8 if BITS else dim
     found = tl.load(values + slot[:, None] * width + (column % width)[None, :], mask=tile, other=0)
     if BITS:
         if BITS == 4:
             found = (found >> tl.where(column < width, 0, 4).to(tl.uint8)[None, :]) & 15
-        first = 2 * slot[:, None] + tl.zeros_like(column)[None, :]
-        scale = tl.load(affine + first, mask=tile, other=0.0)
-        offset = tl.load(affine + first + 1, mask=tile, other=0.0)
-        found = (found.to(tl.float32) * scale.to(tl.float32) + offset.to(tl.float32)).to(scale.dtype)
+        scale = tl.load(affine + 2 * slot, mask=inside, other=0.0)
+        offset = tl.load(affine + 2 * slot + 1, mask=inside, other=0.0)
+        exact = found.to(tl.float32) * scale.to(tl.float32)[:, None] + offset.to(tl.float32)[:, None]
+        found = exact.to(scale.dtype)
     return found
 
 
@@ -73,8 +74,7 @@ def _marginal_sum(
         inside = slot < end
         at = row[:, None] * num_marginal + slot[None, :]
         w = tl.load(weights + at, mask=(row < num_rows)[:, None] & inside[None, :], other=0.0)
-        tile = inside[:, None] & (column < dim)[None, :]
-        v = _unpacked(values, affine, slot, column, dim, tile, BITS)
+        v = _unpacked(values, affine, slot, inside, column, dim, BITS)
         total += tl.dot(w.to(v.dtype), v, input_precision="ieee")
     return total
 
@@ -288,8 +288,8 @@ def _launch(
     pairs, rows, num_queries = batch * heads, query.shape[1] // heads * query.shape[2], query.shape[2]
     assert keys.stride(3) == values.stride(3) == 1, "an entry's numbers lie side by side"
     length, softcap = keys.shape[2] if index is None else index.shape[2], softcap_of(scaling)
-    num_parts = num_parts or num_parts_of(length, pairs, keys.device)
     count, bits = (0, None) if marginal is None else (marginal.weights.shape[3], marginal.bits)
+    num_parts = num_parts or num_parts_of(max(length, count), pairs, keys.device)
     partial, extra = query.new_empty(2, num_parts, pairs, rows, dim, dtype=torch.float32)
     log_sums = partial.new_empty(num_parts, pairs, rows)
     output, log_sum = query.new_empty(query.shape), log_sums.new_empty(query.shape[:3])

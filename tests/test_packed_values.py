@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specsmallkv.decode import Decoder
-from specsmallkv.packed_values import BITS, chosen, entry_cost, pack, unpack, weighted_sum
+from specsmallkv.packed_values import BITS, choose, entry_cost, pack, unpack, weighted_sum
 from specsmallkv.presets import load_policy
 from specsmallkv.slots import select
 from specsmallkv.tiered_layer import TieredLayer
@@ -52,15 +52,15 @@ def test_what_stays_marginal_is_not_packed_again(bits):
     """Even where the index mixes new entries and old ones; a second rounding would move them further each time."""
     stored, values = pack(values_of(400, torch.bfloat16, 1), bits), values_of(50, torch.bfloat16)
     index = torch.rand(1, HEADS, 450).topk(300).indices.sort().values
-    picked = chosen(values, stored, index, bits)
+    picked = choose(values, stored, index, bits)
     for part, old, new in zip(picked, stored, pack(values, bits), strict=True):
         both = torch.cat((new, old), dim=2)
         assert torch.equal(part, torch.stack([both[0, head, index[0, head]] for head in range(HEADS)])[None])
-    only_old = chosen(values[:, :, :0], stored, index.clamp(max=399), bits)
+    only_old = choose(values[:, :, :0], stored, index.clamp(max=399), bits)
     assert all(
         torch.equal(part, select(old, index.clamp(max=399))) for part, old in zip(only_old, stored, strict=True)
     )
-    assert chosen(values, stored, index[..., :0], bits)[0].shape[2] == 0
+    assert choose(values, stored, index[..., :0], bits)[0].shape[2] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ from specsmallkv.attention import AttentionCall, attend, compensate
 from specsmallkv.attention_form import Scaling
 from specsmallkv.backends import BACKENDS, WITH_SINKS, attention_with_sinks, reference_attention
 from specsmallkv.decode import Decoder
-from specsmallkv.packed_values import BITS, pack
+from specsmallkv.packed_values import BITS, pack, unpack
 from specsmallkv.presets import load_policy
 from specsmallkv.slots import select
 from specsmallkv.tiered_layer import TieredLayer
@@ -149,6 +149,19 @@ def test_half_precision_stays_near_the_float32_reference(dtype, most):
     output, _ = split_attention(query, keys, values, SCALE)
     assert output.dtype == dtype
     expected = reference_attention(*(x.float() for x in (query, keys, values)), SCALE)
+    torch.testing.assert_close(output.float(), expected, atol=most, rtol=most)
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float16, 2e-3), ON_GPUS])
+@pytest.mark.parametrize("bits", [None, *BITS])
+def test_marginal_values_in_half_precision(bits, dtype, most):
+    query, keys, values = (numbers((1, heads, n, 80), n, dtype) for heads, n in ((6, 4), (2, 120), (2, 121)))
+    stored = pack(numbers((1, 2, 90, 80), 7, dtype), bits)
+    weights = torch.rand(1, 6, 4, 90, generator=torch.Generator().manual_seed(3)).to(DEVICE) / 100
+    output, _ = split_attention(query, keys, values[:, :, :120], SCALE, marginal=Marginal(weights, stored, bits))
+    whole = reference_attention(*(x.float() for x in (query, keys, values[:, :, :120])), SCALE)
+    added = weights @ unpack(stored, bits).float().repeat_interleave(3, 1)
+    expected = (1 - weights.sum(-1, keepdim=True)) * whole + added
     torch.testing.assert_close(output.float(), expected, atol=most, rtol=most)
 
 

@@ -126,7 +126,12 @@ def test_a_hidden_question_reaches_recalled_tokens_under_specsmallkv_alone(targe
     """With the target as its own draft, recall reads the turn nearly as the full cache; static eviction does not."""
     _, full = extended(Decoder(target, None, load_policy("full"), 0), prompt[:100], prompt[100:])
     distances = {}
-    for name in ("snapkv", "smallkv", "specsmallkv", "oracle"):
+    for name in (
+        "snapkv",
+        "smallkv",
+        "specsmallkv",
+        "oracle",
+    ):  # smallkv's marginal values would reach far with true odds
         policy = load_policy(name, **SETTINGS | ({"marginal_share": 0.0} if name == "smallkv" else {}))
         _, logits = extended(Decoder(target, target, policy, 3), prompt[:100], prompt[100:])
         distances[name] = torch.nn.functional.kl_div(logits.log_softmax(-1), full.softmax(-1), reduction="sum")

@@ -6,7 +6,7 @@ So they compare byte for byte. A policy is stateless between sequences: what it 
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ class Policy(ABC):
     lookahead = "block"  # which of the draft's rows of a verify block are read: `oracle.LOOKAHEADS`
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
-    marginal_bits: int | None = None  # of the marginal values; None: as the cache holds them
-    marginal_cost = 0.5  # bytes of a marginal entry over a critical one's: `fitted`
+    marginal_bits = cast("int | None", None)  # of the marginal values; None: as the cache holds them
+    marginal_cost = 0.5  # bytes of a marginal entry over a critical one's; set by `fitted`, lost by `replace`
     compensation = "none"
     own_share = 0.0  # part of the score that is the target's own attention
     prefill_chunk = 0  # tokens that the target reads between two evictions of its prompt: `prefill.py`
@@ -142,7 +142,7 @@ class Policy(ABC):
         units, cost = self.layer_units(seen, index, num_layers), self.marginal_cost
         critical = int((1 - self.marginal_share) * units + 1e-9)
         marginal = int((units - critical) / cost + 1e-9) if self.marginal_share else 0
-        if critical + marginal > seen:  # near budget 1 there are not enough tokens left to be marginal
+        if critical + marginal > seen:  # there are not enough tokens left to be marginal
             marginal = int((seen - units) / (1 - cost) + 1e-9)
             critical = int(units - cost * marginal + 1e-9)
         least = min(self.num_sink_tokens + self.window_size, seen)

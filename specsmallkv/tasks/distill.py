@@ -204,11 +204,12 @@ class DistillTask:
         made_by = {"target": fingerprint(pair.target), "seed": seed, "temperature": self.temperature}
         done = read_answers(path, made_by)
         prompts.sort(key=lambda ids: (len(ids), ids))
-        missing = [prompt for prompt in prompts if tuple(prompt) not in done]
+        missing = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts)) if prompt not in done]
         for start in range(0, len(missing), ANSWER_BATCH):
             batch = missing[start : start + ANSWER_BATCH]
-            heat = [0.0 if i % 5 < 2 else self.temperature for i in range(len(batch))]
-            generator = torch.Generator().manual_seed(seed * 1000 + len(done))  # as if nothing had stopped before
+            first = len(done)  # so a run that was stopped goes on as it would have
+            heat = [0.0 if (first + i) % 5 < 2 else self.temperature for i in range(len(batch))]
+            generator = torch.Generator().manual_seed(seed * 1000 + first)
             answers = sample_batch(pair.target, batch, heat, ANSWER_TOKENS, pair.eos_token_ids, generator)
             rows = [made_by | {"prompt_ids": p, "answer_ids": a} for p, a in zip(batch, answers, strict=True)]
             with path.open("a") as file:
