@@ -133,8 +133,8 @@ def test_what_is_gone_for_good_has_no_row(pair, prompt):
 @pytest.mark.parametrize("policy", ["specsmallkv", "smallkv"])
 def test_samples_hold_what_the_device_held(pair, prompt, policy):
     _, trace = watched(pair, prompt, policy=policy)
-    assert [sample.round for sample in trace.samples] == [1, 4, 16][: len(trace.samples)]
-    assert len(trace.samples) > 1
+    rounds = [sample.round for sample in trace.samples]  # without those that an eviction followed
+    assert rounds == sorted(rounds) and set(rounds) <= {1, 4, 16} and len(rounds) > 1
     for sample in trace.samples:
         assert sample.everything == (policy == "specsmallkv" or sample.round == 1)  # at first nothing was evicted
         for _, _, target, predicted, kept, marginal in sample.rows:
