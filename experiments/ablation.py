@@ -5,6 +5,7 @@ import plotting
 RECORDS = "ablation"
 
 LABELS = {  # by the settings that an entry changes
+    "": "the preset",
     "own_share=1,marginal_share=0,compensation=none": "neither compensation",
     "own_share=1,marginal_share=0,compensation=none,num_foreseen_tokens=0": "neither compensation",
     "marginal_share=0,compensation=none": "saliency alone",

@@ -18,7 +18,7 @@ def pack(values: Tensor, bits: int | None) -> Stored:
     """Of values (B, H_kv, m, D): codes (B, H_kv, m, D * bits / 8) and (B, H_kv, m, 2); bits None: the values."""
     if bits is None:
         return (values,)
-    low, high = values.aminmax(dim=-1, keepdim=True) if values.shape[2] else (values[..., :1], values[..., :1])
+    low, high = values.aminmax(dim=-1, keepdim=True)
     scale = ((high.float() - low.float()) / (2**bits - 1)).clamp_min(torch.finfo(values.dtype).tiny).to(values.dtype)
     levels = ((values.float() - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:  # the first half of the head's dimensions in the low bits, the second in the high ones

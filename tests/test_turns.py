@@ -125,18 +125,15 @@ def test_the_drafts_rows_of_each_known_block_steer_the_targets_read_of_it(target
 def test_a_hidden_question_reaches_recalled_tokens_under_specsmallkv_alone(target, prompt):
     """With the target as its own draft, recall reads the turn nearly as the full cache; static eviction does not."""
     _, full = extended(Decoder(target, None, load_policy("full"), 0), prompt[:100], prompt[100:])
-    distances = {}
-    for name in (
-        "snapkv",
-        "smallkv",
-        "specsmallkv",
-        "oracle",
-    ):  # smallkv's marginal values would reach far with true odds
-        policy = load_policy(name, **SETTINGS | ({"marginal_share": 0.0} if name == "smallkv" else {}))
+    distances, exact = {}, {"marginal_bits": None}
+    policies = {name: load_policy(name, **SETTINGS) for name in ("snapkv", "specsmallkv", "oracle")}
+    policies |= {"smallkv": load_policy("smallkv", **SETTINGS | exact), "packed": load_policy("smallkv", **SETTINGS)}
+    for name, policy in policies.items():
         _, logits = extended(Decoder(target, target, policy, 3), prompt[:100], prompt[100:])
         distances[name] = torch.nn.functional.kl_div(logits.log_softmax(-1), full.softmax(-1), reduction="sum")
-    assert distances["specsmallkv"] < min(distances["snapkv"], distances["smallkv"]) / 2
-    assert distances["oracle"] < min(distances["snapkv"], distances["smallkv"]) / 2
+    static = min(distances["snapkv"], distances["smallkv"])
+    assert distances["oracle"] < static / 2
+    assert distances["specsmallkv"] < min(static, distances["packed"]) / 2
 
 
 # Branches

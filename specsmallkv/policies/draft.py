@@ -88,7 +88,8 @@ class SmallKV(DraftPolicy):
             if not 0 <= value <= 1 or (most == "1)" and value == 1):
                 raise UserError(f"policy.{key}={value} is outside [0, {most}; give e.g. 0.25.")
         if self.marginal_bits not in (None, *BITS):
-            raise UserError(f"policy.marginal_bits={self.marginal_bits} is unknown; choose one of null, 4, 8.")
+            known = ", ".join(map(str, BITS))
+            raise UserError(f"policy.marginal_bits={self.marginal_bits} is unknown; choose one of null, {known}.")
         if self.num_foreseen_tokens < 0:
             raise UserError(
                 f"policy.num_foreseen_tokens={self.num_foreseen_tokens} is negative; give 0 (off) or more."
