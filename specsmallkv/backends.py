@@ -44,8 +44,9 @@ def widened(rows: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
         return rows.to(stored.dtype), stored
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < stored.numel():
-        buffer = _scratch.buffer = torch.empty(stored.numel() * 5 // 4, dtype=torch.float32)
-    return rows.float(), buffer[: stored.numel()].view(stored.shape).copy_(stored)
+        with torch.inference_mode(False):  # a buffer of that mode could not be written to once the mode is left
+            buffer = _scratch.buffer = torch.empty(stored.numel() * 5 // 4, dtype=torch.float32)
+    return rows.float(), buffer[: stored.numel()].view(stored.shape).copy_(stored.detach())
 
 
 def attention_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:

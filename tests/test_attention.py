@@ -1,6 +1,7 @@
 """Attention over tiers against the plainest possible formula, in float32."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def test_flash_attention_equals_sdpa(q, n):
     query, keys, values = (x.cuda().to(torch.bfloat16) for x in random_qkv(q, n))
     out = BACKENDS["flash"](query, keys, values, SCALE)
     torch.testing.assert_close(out, BACKENDS["sdpa"](query, keys, values, SCALE), atol=2e-2, rtol=2e-2)
+
+
+def test_scores_are_the_same_inside_inference_mode_and_then_outside_it():
+    """bf16 keys are widened into a buffer of the thread; where that is made must not bind who uses it next."""
+    query, keys, _ = (x.bfloat16() for x in random_qkv(2, 9))
+
+    def scores():
+        return attention_probabilities(query, keys.clone().requires_grad_(), SCALE).detach()
+
+    def inside_then_outside():  # in a thread of its own, which has no buffer yet
+        with torch.inference_mode():
+            inside = scores().clone()
+        assert torch.equal(inside, scores())
+        assert not attention_probabilities(query, keys, SCALE).requires_grad  # nor keeps the last call's graph alive
+        with torch.inference_mode():
+            assert torch.equal(inside, scores())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(inside_then_outside).result()
 
 
 def filled_layer(keys, values):
