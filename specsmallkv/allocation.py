@@ -1,6 +1,6 @@
 """Caches and scratch of one sequence: how large they are, for a prompt and for the longer one of a later turn."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .attention import AttentionMass
 from .attention_form import attention_scaling
@@ -22,7 +22,10 @@ def start(decoder: "Decoder", prompt: list[int], max_new_tokens: int) -> Sequenc
     """Caches and scratch for one sequence."""
     limit, num_layers = len(prompt) + max_new_tokens, decoder.target.config.num_hidden_layers
     room, resident = _room(decoder, limit, max_new_tokens)
-    kind = {"residency": decoder.policy.residency, "marginal_bits": decoder.policy.marginal_bits}
+    policy = decoder.policy
+    kind: dict[str, Any] = {"residency": policy.residency, "marginal_bits": policy.marginal_bits}
+    if policy.critical_bits is not None and policy.evicts:
+        kind |= {"critical_bits": policy.critical_bits, "num_sink_tokens": policy.num_sink_tokens}
     target = TieredCache(num_layers, limit + room, resident, decoder.windows, **kind)
     draft = full_cache(decoder.draft_model, limit + room) if decoder.draft_model else None
     evidence = Evidence(
@@ -59,9 +62,7 @@ def _room(decoder: "Decoder", limit: int, max_new_tokens: int) -> tuple[int, lis
         return room, None
     places = {layer: place for place, layer in enumerate(decoder.budgeted)}
     sizes = [
-        decoder.policy.tiers(limit, places[index], len(places)).critical
-        if window is None
-        else window + decoder.num_waiting
+        decoder.policy.num_slots(limit, places[index], len(places)) if window is None else window + decoder.num_waiting
         for index, window in enumerate(decoder.windows)
     ]
     return room, [min(count + decoder.num_waiting, limit + room) for count in sizes]

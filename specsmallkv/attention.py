@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from .attention_form import Scaling
 from .backends import (
     BACKENDS,
+    FOLD_LIMIT,
     MASS_BLOCK,
     WITH_SINKS,
     attention_probabilities,
@@ -27,6 +28,7 @@ from .backends import (
 )
 from .cache_group import LayerGroup
 from .draft_view import DraftView
+from .packed_layer import PackedLayer
 from .packed_values import weighted_sum
 from .tiered_layer import TieredLayer
 
@@ -221,7 +223,11 @@ def compensate(output: Tensor, layer: TieredLayer) -> Tensor:
 
 def read_tiers(layer: TieredLayer, query: Tensor, scaling: float, mask: Tensor | None, backend: str) -> Tensor:
     """Attention (B, H_q, q, D) over what is kept, with what marginal or evicted tokens add to it."""
-    keys, values, term = layer.keys, layer.values, layer.tail_term
+    term = layer.tail_term
+    if isinstance(layer, PackedLayer) and layer.kept and query.shape[2] <= FOLD_LIMIT:
+        output, on_sinks = layer.attention(query, scaling, mask, term.num_sinks if term else 0)
+        return term.add(output, on_sinks) if term else output
+    keys, values = layer.keys, layer.values
     if term is not None:  # its odds need the mass on the sinks
         output, on_sinks = WITH_SINKS[backend](query, keys, values, scaling, mask, term.num_sinks)
         return term.add(output, on_sinks)
@@ -242,9 +248,11 @@ def attend(layer: TieredLayer, index: int, query: Tensor, scaling: float, call: 
         call.mass.add(index, layer, query, scaling)
     if call.view is not None:
         return _attend_view(call.view, layer, index, query, scaling, call.backend)
-    keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
     mask = None if call.everything and layer.window is None else visible(layer, query.shape[2])
     count = call.rows.count(layer, query.shape[2]) if call.rows else 0
+    if not (call.everything or count):
+        return read_tiers(layer, query, scaling, mask, call.backend)
+    keys, values = layer.everything() if call.everything else (layer.keys, layer.values)
     if call.rows and count:
         few = query.shape[2] <= WRITTEN_OUT and not layer.num_kept  # else tiers add to what is not recorded
         written_out = query.shape[2] if few else count

@@ -51,11 +51,20 @@ def widened(rows: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
 
 def attention_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """Float32 scores (B, H_q, q, n), scaled and capped; query (B, H_q, q, D), keys (B, H_kv, n, D)."""
+    return scaled(products(query, keys), scaling).view(*query.shape[:3], keys.shape[2])
+
+
+def products(query: Tensor, keys: Tensor) -> Tensor:
+    """Float32 (B, H_kv, group * q, n) of query (B, H_q, q, D) and keys (B, H_kv, n, D)."""
     query_, keys_ = widened(fold(query, keys.shape[1]), keys)
-    scores = (query_ @ keys_.transpose(2, 3)).float() * scaling
-    if (softcap := softcap_of(scaling)) is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.view(*query.shape[:3], keys.shape[2])
+    return (query_ @ keys_.transpose(2, 3)).float()
+
+
+def scaled(products: Tensor, scaling: float) -> Tensor:
+    """Scores of products: scaled and capped."""
+    scores = products * scaling
+    softcap = softcap_of(scaling)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def attention_probabilities(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -63,12 +72,16 @@ def attention_probabilities(query: Tensor, keys: Tensor, scaling: float, mask: T
 
     mask (B, H_kv, q, n) bool, True where attended, takes the place of the causal one.
     """
-    scores = attention_scores(query, keys, scaling)
+    return masked_softmax(attention_scores(query, keys, scaling), mask)
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Probabilities of scores (B, H_q, q, n), which it may change; mask (B, H_kv, q, n) or None: causal."""
     if mask is not None:
-        scores = scores.masked_fill(~mask.repeat_interleave(query.shape[1] // keys.shape[1], dim=1), -torch.inf)
-    elif query.shape[2] > 1:
-        count = query.shape[2]  # earlier keys are seen by all
-        scores[..., -count:].masked_fill_(~causal_mask(count, count, keys.device), -torch.inf)
+        scores = scores.masked_fill(~mask.repeat_interleave(scores.shape[1] // mask.shape[1], dim=1), -torch.inf)
+    elif scores.shape[2] > 1:
+        count = scores.shape[2]  # earlier keys are seen by all
+        scores[..., -count:].masked_fill_(~causal_mask(count, count, scores.device), -torch.inf)
     return scores.softmax(dim=-1)
 
 

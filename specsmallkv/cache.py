@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
+from .packed_layer import PackedLayer
 from .tiered_layer import TieredLayer
 
 
@@ -22,8 +23,15 @@ class TieredCache(Cache):
     ):
         """resident_capacity, windows: one per layer; the other options are alike for all."""
         slots, windows = resident_capacity or [capacity] * num_layers, windows or [None] * num_layers
-        kinds = [layer_options if window is None else {"window": window} for window in windows]
-        super().__init__(layers=[TieredLayer(capacity, slots[i], **kinds[i]) for i in range(num_layers)])
+        kind = PackedLayer if "critical_bits" in layer_options else TieredLayer
+        super().__init__(
+            layers=[
+                kind(capacity, slots[i], **layer_options)
+                if window is None
+                else TieredLayer(capacity, slots[i], window=window)
+                for i, window in enumerate(windows)
+            ]
+        )
 
     @property
     def budgeted(self) -> list[TieredLayer]:

@@ -14,12 +14,17 @@ BITS = (4, 8)
 Stored = tuple[Tensor, ...]  # (values,) as they are, or (codes uint8, scale and offset), all (B, H_kv, m, ...)
 
 
-def pack(values: Tensor, bits: int | None) -> Stored:
-    """Of values (B, H_kv, m, D): codes (B, H_kv, m, D * bits / 8) and (B, H_kv, m, 2); bits None: the values."""
+def pack(values: Tensor, bits: int | None, dtype: torch.dtype | None = None) -> Stored:
+    """Of values (B, H_kv, m, D): codes (B, H_kv, m, D * bits / 8) and (B, H_kv, m, 2); bits None: the values.
+
+    dtype: of scales and offsets; None: the values' own.
+    """
     if bits is None:
         return (values,)
+    dtype = dtype or values.dtype
     low, high = values.aminmax(dim=-1, keepdim=True)
-    scale = ((high.float() - low.float()) / (2**bits - 1)).clamp_min(torch.finfo(values.dtype).tiny).to(values.dtype)
+    low = low.to(dtype)
+    scale = ((high.float() - low.float()) / (2**bits - 1)).clamp_min(torch.finfo(dtype).tiny).to(dtype)
     levels = ((values.float() - low.float()) / scale.float()).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:  # the first half of the head's dimensions in the low bits, the second in the high ones
         assert values.shape[3] % 2 == 0, f"{values.shape[3]} dimensions cannot be packed in pairs"
@@ -28,7 +33,7 @@ def pack(values: Tensor, bits: int | None) -> Stored:
     return levels, torch.cat((scale, low), dim=-1)
 
 
-def _levels(codes: Tensor, bits: int) -> list[Tensor]:
+def levels_of(codes: Tensor, bits: int) -> list[Tensor]:
     """Of the head's dimensions in order, uint8."""
     return [codes] if bits == 8 else [codes & 15, codes >> 4]
 
@@ -39,7 +44,7 @@ def unpack(stored: Stored, bits: int | None) -> Tensor:
         return stored[0]
     codes, affine = stored
     scale, offset = affine.float().split(1, dim=-1)
-    return (torch.cat(_levels(codes, bits), dim=-1) * scale + offset).to(affine.dtype)
+    return (torch.cat(levels_of(codes, bits), dim=-1) * scale + offset).to(affine.dtype)
 
 
 def weighted_sum(weights: Tensor, stored: Stored, bits: int | None) -> Tensor:
@@ -50,7 +55,7 @@ def weighted_sum(weights: Tensor, stored: Stored, bits: int | None) -> Tensor:
     scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
     rows = fold(weights.float(), codes.shape[1])
     scaled, shift = rows * scale, (rows * offset).sum(dim=-1, keepdim=True)
-    total = torch.cat([_product(scaled, part, affine.dtype) for part in _levels(codes, bits)], dim=-1) + shift
+    total = torch.cat([_product(scaled, part, affine.dtype) for part in levels_of(codes, bits)], dim=-1) + shift
     return total.view(*weights.shape[:3], -1).to(affine.dtype)
 
 

@@ -99,14 +99,16 @@ def while_reading(policy: Policy, num_read: int, num_tokens: int) -> Policy:
         "selection": "block",
     }
     names = {item.name for item in fields(policy)}
-    return replace(policy, **{key: value for key, value in own.items() if key in names})
+    reading = replace(policy, **{key: value for key, value in own.items() if key in names})
+    reading.critical_cost = policy.critical_cost  # `replace` loses it
+    return reading
 
 
 def reserve(sequence: "Sequence", policy: Policy, num_tokens: int) -> None:
     """The first buffer of each layer has room for the budget and a chunk, not for the prompt."""
     num_layers = len(sequence.target.layers)
     for index, layer in enumerate(sequence.target.layers):
-        resident = while_reading(policy, num_tokens, num_tokens).tiers(num_tokens, index, num_layers).critical
+        resident = while_reading(policy, num_tokens, num_tokens).plain_tiers(num_tokens, index, num_layers).critical
         layer.first_capacity = min(layer.capacity, resident + policy.prefill_chunk)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .ranking import largest
-from .slots import Arrived, select, sent_over
+from .slots import Arrived, select_both, sent_over
 from .tiered_layer import TieredLayer
 
 AHEAD_SHARE = 0.5  # of the kept tokens, how many are sent ahead; .23 to .33 of a set are new each round
@@ -24,19 +24,18 @@ _worker = ThreadPoolExecutor(1, "recall")
 
 @dataclass
 class Shipment:
-    """K and V on their way, (B, H_kv, m, D), and the event after which they are there (None: they are)."""
+    """Parts of the store on their way, (B, H_kv, m, D), and the event after which they are there (None: they are)."""
 
-    k: Tensor
-    v: Tensor
+    parts: tuple[Tensor, ...]
     sent: torch.cuda.Event | None
 
     def arrive(self) -> None:
         """Later work of the current stream finds them; their memory is not reused before."""
         if self.sent is not None:
-            stream = torch.cuda.current_stream(self.k.device)
+            stream = torch.cuda.current_stream(self.parts[0].device)
             stream.wait_event(self.sent)
-            self.k.record_stream(stream)
-            self.v.record_stream(stream)
+            for part in self.parts:
+                part.record_stream(stream)
 
 
 def recall_ahead(layers: list[TieredLayer], saliency: Tensor, share: float = AHEAD_SHARE) -> None:
@@ -50,7 +49,7 @@ def recall_ahead(layers: list[TieredLayer], saliency: Tensor, share: float = AHE
         return
     on_host = torch.cat([own.flatten().cpu() for own in positions])  # one layer's wait is all layers'
     for (_, layer), own, host in zip(away, positions, on_host.split([x.numel() for x in positions]), strict=True):
-        job = partial(_send, layer.store_k, layer.store_v, host.view(own.shape), layer.k.device)
+        job = partial(_send, layer.store, host.view(own.shape), layer.k.device)
         beside = layer.k.device.type == "cuda"  # elsewhere a copy is not asynchronous
         layer.send(own, partial(_received, own, _worker.submit(job).result if beside else job))
 
@@ -63,16 +62,16 @@ def _best_evicted(layer: TieredLayer, saliency: Tensor, share: float) -> Tensor:
     return largest(ranked, max(count, 0)).unsqueeze(0)
 
 
-def _send(store_k: Tensor, store_v: Tensor, positions: Tensor, device: torch.device) -> Shipment:
+def _send(store: tuple[Tensor, ...], positions: Tensor, device: torch.device) -> Shipment:
     """On the worker: gather in host memory, then copy; on CUDA from pinned memory on a stream of its own."""
-    k, v = select(store_k, positions), select(store_v, positions)
+    rows = select_both(store, positions)
     if device.type != "cuda":
-        return Shipment(sent_over(k, device), sent_over(v, device), None)
+        return Shipment(tuple(sent_over(part, device) for part in rows), None)
     stream, sent = _stream(device), torch.cuda.Event()
     with torch.cuda.stream(stream):
-        k, v = sent_over(k, device), sent_over(v, device)
+        parts = tuple(sent_over(part, device) for part in rows)
         sent.record(stream)
-    return Shipment(k, v, sent)
+    return Shipment(parts, sent)
 
 
 @cache
@@ -83,4 +82,4 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def _received(positions: Tensor, result: Callable[[], Shipment]) -> Arrived:
     shipment = result()
     shipment.arrive()
-    return Arrived(positions, shipment.k, shipment.v)
+    return Arrived(positions, shipment.parts)

@@ -30,15 +30,15 @@ def select(source: Tensor, index: Tensor) -> Tensor:
 
 
 def select_both(sources: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
-    """`select` from several sources of one shape, as K and V are."""
-    batch, heads, length, dim = sources[0].shape
+    """`select` from several sources of as many tokens, as K and V are; they may differ in D."""
+    batch, heads, length, _ = sources[0].shape
     if not index.shape[2]:
-        return tuple(source.new_empty(batch, heads, 0, dim) for source in sources)
+        return tuple(source[:, :, :0].clone() for source in sources)
     index = index.to(sources[0].device)
     offset = torch.arange(0, batch * heads * length, length, device=index.device).view(batch, heads, 1)
     rows = (index + offset).flatten()
-    flat = (source.reshape(-1, dim) for source in sources)  # views: buffers are handed over whole
-    return tuple(source.index_select(0, rows).view(*index.shape, dim) for source in flat)
+    flat = (source.reshape(-1, source.shape[3]) for source in sources)  # views: buffers are handed over whole
+    return tuple(source.index_select(0, rows).view(*index.shape, -1) for source in flat)
 
 
 class Found(NamedTuple):
@@ -97,11 +97,10 @@ def enlarged(source: Tensor, slots: int, used: int) -> Tensor:
 
 
 class Arrived(NamedTuple):
-    """Entries that were sent ahead of a recall: positions (B, H_kv, m), sorted; k and v (B, H_kv, m, D) of them."""
+    """Entries that were sent ahead of a recall: positions (B, H_kv, m), sorted; parts as in the store, of them."""
 
     positions: Tensor
-    k: Tensor
-    v: Tensor
+    parts: tuple[Tensor, ...]
 
 
 def sent_over(rows: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .ranking import largest
-from .slots import select
 from .tiered_layer import TieredLayer
 
 BELIEVED_SIMILARITY = 0.4  # cosine of the head map below which a head's odds are not believed at all
@@ -72,10 +71,10 @@ def _pooled(layers: list[TieredLayer], near: Tensor, weights: Tensor) -> Tensor:
     """(L, H_q, 2, D): values near (L, H_kv, p), pooled by weights (L, H_kv, group, p), and the mean of the others."""
     weights = torch.cat((weights, torch.ones_like(weights[:, :, :1])), dim=2)  # one row more: their plain sum
     num_kept, products, kept = layers[0].num_kept, [], []
-    on_host = weights.to(layers[0].store_v.device)
+    on_host = weights.to(layers[0].store[-1].device)
     for layer, positions, own_weights in zip(layers, near.split(1), on_host, strict=True):
-        products.append(own_weights @ select(layer.store_v, positions)[0].float())
-        kept.append(layer.v[0, :, :num_kept].sum(dim=1, dtype=torch.float32))
+        products.append(own_weights @ layer.stored_values(positions)[0].float())
+        kept.append(layer.kept_value_sum()[0])
     pooled, near_sum = torch.stack(products).to(weights.device).split((weights.shape[2] - 1, 1), dim=2)
     others = torch.cat([layer.older_value_sum for layer in layers]) - torch.stack(kept) - near_sum.squeeze(2)
     far = others / max(layers[0].tail_start - num_kept - near.shape[-1], 1)

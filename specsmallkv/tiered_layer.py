@@ -91,7 +91,7 @@ class TieredLayer(CacheLayerMixin):
         """Forget every token."""
         self.is_initialized = False
         self.k = self.v = torch.empty(0, 0, 0, 0)  # (B, H_kv, slots, D)
-        self.store_k = self.store_v = torch.empty(0, 0, 0, 0)  # (B, H_kv, capacity, D)
+        self.store: tuple[Tensor, ...] = ()  # K and V of the host store, (B, H_kv, capacity, D); empty without one
         self.seen = 0  # logical length, the verify block included
         self.tail_start = 0  # logical position of the first tail token
         self.kept_positions = torch.empty(0, 0, 0, dtype=torch.long)  # (B, H_kv, num_kept), sorted
@@ -122,7 +122,8 @@ class TieredLayer(CacheLayerMixin):
         """Append to the tail; returns this layer twice, as the opaque handle that the attention function unpacks."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, end = self.num_slots, self.num_slots + key_states.shape[2]
+        start = self._tail_slot + self.seen - self.tail_start
+        end = start + key_states.shape[2]
         assert end <= self.k.shape[2], f"{end} slots needed, {self.k.shape[2]} allocated"
         self.k[:, :, start:end], self.v[:, :, start:end] = key_states, value_states
         self.seen += key_states.shape[2]
@@ -164,8 +165,16 @@ class TieredLayer(CacheLayerMixin):
 
     @property
     def num_slots(self) -> int:
-        """Slots of the device buffer in use: kept and tail."""
+        """Tokens with K and V on the device: kept and tail."""
         return self.num_kept + self.seen - self.tail_start
+
+    @property
+    def _tail_slot(self) -> int:
+        """Where in the buffer the tail begins."""
+        return self._tail_behind(self.num_kept)
+
+    def _tail_behind(self, num_kept: int) -> int:
+        return num_kept
 
     @property
     def keys(self) -> Tensor:
@@ -190,11 +199,23 @@ class TieredLayer(CacheLayerMixin):
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """K and V of all `seen` tokens (B, H_kv, seen, D), from the host store where they are not in the tail."""
-        if not self.store_k.numel():
+        if not self.store:
             return self.keys, self.values
-        tail = slice(self.num_kept, self.num_slots)
-        older_k, older_v = (x[:, :, : self.tail_start].to(self.k.device) for x in (self.store_k, self.store_v))
+        older_k, older_v = self._older()
+        tail = slice(self._tail_slot, self._tail_slot + self.seen - self.tail_start)
         return torch.cat((older_k, self.k[:, :, tail]), dim=2), torch.cat((older_v, self.v[:, :, tail]), dim=2)
+
+    def _older(self) -> tuple[Tensor, ...]:
+        """K and V of the host store on the device."""
+        return tuple(part[:, :, : self.tail_start].to(self.k.device) for part in self.store)
+
+    def stored_values(self, positions: Tensor) -> Tensor:
+        """V (B, H_kv, m, D) of the host store, at positions (B, H_kv, m), where the store lies."""
+        return select(self.store[-1], positions)
+
+    def kept_value_sum(self) -> Tensor:
+        """(B, H_kv, D) float32: sum of V over the kept tokens."""
+        return self.v[:, :, : self.num_kept].sum(dim=2, dtype=torch.float32)
 
     # --- one round ---------------------------------------------------------------------------------------------
 
@@ -235,30 +256,36 @@ class TieredLayer(CacheLayerMixin):
         q queries of the coming verify pass reads; only with it may a head repeat its first index, as padding.
         room: tokens that will be appended before the next call. found: what `look_up` says of the critical tokens.
         """
-        kept, buffer = critical.shape[2], self.k
-        tail = slice(self.num_kept + tail_start - self.tail_start, self.num_slots)
+        kept, buffer = self._tail_behind(critical.shape[2]), self.k
+        old = self._tail_slot
+        tail = slice(old + tail_start - self.tail_start, old + self.seen - self.tail_start)
         tail_k, tail_v = self.k[:, :, tail], self.v[:, :, tail]
         if kept != tail.start:  # else they stay where they are
             tail_k, tail_v = tail_k.clone(), tail_v.clone()
         if self.residency == "offload":  # candidates are all positions: an index is a position
             positions = critical, marginal
             self._flush(tail_start)
-            kept_k, kept_v = self._recall(critical, found or look_up([self], [critical], row_mask is not None)[0])
-            values = pack(select(self.store_v, marginal).to(self.v.device), self.marginal_bits)
+            parts = self._recall(critical, found or look_up([self], [critical], row_mask is not None)[0])
+            values = pack(self.stored_values(marginal).to(self.v.device), self.marginal_bits)
         else:
             candidates = self.candidates(tail_start).positions
             positions = candidates.gather(2, critical), candidates.gather(2, marginal)
-            kept_k, kept_v = select_both((self.k, self.v), critical)
+            parts = select_both((self.k, self.v), critical)
             values = choose(self.v[:, :, : tail.start], self.marginal, marginal, self.marginal_bits)
         length = kept + tail_k.shape[2]
         self._shrink(length + (room if row_mask is None else row_mask.shape[2]))
-        self.k[:, :, :kept], self.v[:, :, :kept] = kept_k, kept_v
+        self._hold(parts)
         if kept != tail.start or self.k is not buffer:
             self.k[:, :, kept:length], self.v[:, :, kept:length] = tail_k, tail_v
         (self.kept_positions, self.marginal_positions), self.tail_start = positions, tail_start
         self.marginal = values
         self.marginal_weights = self.tail_term = None
         self.row_mask = row_mask
+
+    def _hold(self, parts: tuple[Tensor, ...]) -> None:
+        """The kept tokens' K and V, as recalled, are the resident ones."""
+        kept = parts[0].shape[2]
+        self.k[:, :, :kept], self.v[:, :, :kept] = parts
 
     def slide(self, room: int) -> None:
         """Drop the tokens that no window reaches any more, once they are `room` or more; `room` more may come."""
@@ -270,51 +297,58 @@ class TieredLayer(CacheLayerMixin):
 
     def _flush(self, tail_start: int) -> None:
         """Copy the tail tokens before `tail_start` into the host store (the first time: hand the buffer over)."""
-        if not self.store_k.numel():
+        if not self.store:
             moved = (x.to(self.host) for x in (self.k, self.v))
-            self.store_k, self.store_v = (enlarged(x, self.capacity, self.num_slots) for x in moved)
+            self.store = tuple(enlarged(x, self.capacity, self.num_slots) for x in moved)
             self.older_value_sum = value_sum(self.v[:, :, :tail_start])
-            if self.shares_memory is None:
-                self.shares_memory = self.store_k.device == self.k.device
+            self._see_store()
             return
         if tail_start == self.tail_start:
             return
-        old, new = self.num_kept, self.num_kept + tail_start - self.tail_start
-        self.store_k[:, :, self.tail_start : tail_start] = self.k[:, :, old:new].to(self.host)
-        self.store_v[:, :, self.tail_start : tail_start] = self.v[:, :, old:new].to(self.host)
-        self.older_value_sum += value_sum(self.v[:, :, old:new])
+        left = slice(self.num_kept, self.num_kept + tail_start - self.tail_start)
+        for part, buffer in zip(self.store, (self.k, self.v), strict=True):
+            part[:, :, self.tail_start : tail_start] = buffer[:, :, left].to(self.host)
+        self.older_value_sum += value_sum(self.v[:, :, left])
+
+    def _see_store(self) -> None:
+        if self.shares_memory is None:
+            self.shares_memory = self.store[0].device == self.k.device
 
     def send(self, positions: Tensor, arrive: Callable[[], Arrived]) -> None:
         """Entries (B, H_kv, m) of the host store are under way to the device; the next `retain` takes them in."""
-        self.sent, self.sent_nbytes = arrive, positions.numel() * self.entry_bytes
+        self.sent, self.sent_nbytes = arrive, positions.numel() * self.stored_bytes
         self.recall_bytes += self.sent_nbytes
 
     def _recall(self, wanted: Tensor, found: Found) -> tuple[Tensor, ...]:
-        """K and V at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves."""
+        """The store's parts at positions `wanted` (B, H_kv, c). Over a bus only what is not there yet moves."""
         slot, resident, padding, self.num_new = found
         if self.shares_memory:
-            self.recall_bytes += self.num_new * self.entry_bytes
-            return select_both((self.store_k, self.store_v), wanted)
-        arrived = self.sent() if self.sent else Arrived(wanted[:, :, :0], self.k[:, :, :0], self.v[:, :, :0])
+            self.recall_bytes += self.num_new * self.stored_bytes
+            return select_both(self.store, wanted)
+        here = self._resident()
+        arrived = self.sent() if self.sent else Arrived(wanted[:, :, :0], tuple(part[:, :, :0] for part in here))
         self.sent = None
         place, ahead = slots_of(arrived.positions, wanted)
         ahead &= ~resident
-        late = self.num_new - (int((ahead & ~padding).sum()) if arrived.k.shape[2] else 0)
-        self.recall_bytes += late * self.entry_bytes
+        late = self.num_new - (int((ahead & ~padding).sum()) if arrived.positions.shape[2] else 0)
+        self.recall_bytes += late * self.stored_bytes
         missing = (~(resident | ahead)).flatten().nonzero().squeeze(1)
-        k = self._fill(self.k, self.store_k, slot, wanted, missing)
-        v = self._fill(self.v, self.store_v, slot, wanted, missing)
-        if arrived.k.shape[2]:
-            use = ahead.unsqueeze(-1)
-            k, v = torch.where(use, select(arrived.k, place), k), torch.where(use, select(arrived.v, place), v)
-        return k, v
+        filled = (self._fill(own, store, slot, wanted, missing) for own, store in zip(here, self.store, strict=True))
+        if not arrived.positions.shape[2]:
+            return tuple(filled)
+        sent, use = select_both(arrived.parts, place), ahead.unsqueeze(-1)
+        return tuple(torch.where(use, own, part) for own, part in zip(sent, filled, strict=True))
 
-    def _fill(self, buffer: Tensor, store: Tensor, slot: Tensor, wanted: Tensor, missing: Tensor) -> Tensor:
-        filled = select(buffer, slot)
+    def _resident(self) -> tuple[Tensor, ...]:
+        """Of the tokens in the order of `positions`, what the host store has of them, on the device."""
+        return self.k, self.v
+
+    def _fill(self, source: Tensor, store: Tensor, slot: Tensor, wanted: Tensor, missing: Tensor) -> Tensor:
+        filled = select(source, slot)
         head = torch.arange(wanted.shape[0] * wanted.shape[1], device=wanted.device).view(*wanted.shape[:2], 1)
-        source = (wanted + head * store.shape[2]).flatten()[missing].to(store.device)
-        rows = store.reshape(-1, store.shape[3]).index_select(0, source)
-        filled.view(-1, store.shape[3])[missing] = sent_over(rows, buffer.device)
+        index = (wanted + head * store.shape[2]).flatten()[missing].to(store.device)
+        rows = store.reshape(-1, store.shape[3]).index_select(0, index)
+        filled.view(-1, store.shape[3])[missing] = sent_over(rows, source.device)
         return filled
 
     def _shrink(self, needed: int) -> None:
@@ -324,7 +358,8 @@ class TieredLayer(CacheLayerMixin):
         the buffer then follows.
         """
         slots = min(max(self.resident_capacity or self.capacity, needed), self.capacity)
-        if self.k.shape[2] != slots or self.k.data_ptr() == self.store_k.data_ptr():
+        handed_over = bool(self.store) and self.k.data_ptr() == self.store[0].data_ptr()
+        if self.k.shape[2] != slots or handed_over:
             batch, heads, _, dim = self.k.shape
             self.k, self.v = (x.new_empty(batch, heads, slots, dim) for x in (self.k, self.v))
 
@@ -337,11 +372,9 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         slots = self.resident_capacity if shrunk and self.resident_capacity else self.capacity
-        self.k, self.v = (enlarged(x, slots, self.num_slots) for x in (self.k, self.v))
-        if self.store_k.numel():
-            self.store_k, self.store_v = (
-                enlarged(x, self.capacity, self.tail_start) for x in (self.store_k, self.store_v)
-            )
+        used = self._tail_slot + self.seen - self.tail_start
+        self.k, self.v = (enlarged(x, slots, used) for x in (self.k, self.v))
+        self.store = tuple(enlarged(part, self.capacity, self.tail_start) for part in self.store)
 
     # --- bytes, counted from the tensors ------------------------------------------------------------------------
 
@@ -349,6 +382,11 @@ class TieredLayer(CacheLayerMixin):
     def entry_bytes(self) -> int:
         """K and V of one token in one head."""
         return 2 * self.k.shape[3] * self.k.element_size()
+
+    @property
+    def stored_bytes(self) -> int:
+        """What one token in one head takes in the host store, and on its way from there."""
+        return sum(part.shape[3] * part.element_size() for part in self.store)
 
     @property
     def marginal_nbytes(self) -> int:
@@ -367,9 +405,7 @@ class TieredLayer(CacheLayerMixin):
     @property
     def host_nbytes(self) -> int:
         """Bytes in use in the host store: every token older than the tail."""
-        if not self.store_k.numel():
-            return 0
-        return 2 * self.store_k[:, :, : self.tail_start].nbytes
+        return sum(part[:, :, : self.tail_start].nbytes for part in self.store)
 
     @property
     def full_nbytes(self) -> int:

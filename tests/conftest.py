@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from specsmallkv.config import CONFIG_DIR
-from specsmallkv.presets import build
+from specsmallkv.policies import Policy
+from specsmallkv.presets import build, load_policy
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -73,6 +74,12 @@ def compose_run(*overrides: str) -> tuple:
     config = OmegaConf.to_object(node)
     config.policy, task = build(node.policy, "policy"), build(node.task, "task")
     return config, task
+
+
+def policy_of(name: str, **settings: object) -> Policy:
+    """A preset; "specsmallkv in 4 bits": with its critical tokens packed."""
+    name, _, bits = name.partition(" in ")
+    return load_policy(name, **settings | ({"critical_bits": int(bits.split()[0])} if bits else {}))
 
 
 def run_task(*overrides: str) -> dict:

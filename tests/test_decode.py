@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, tiny_model
+from conftest import ARCHITECTURES, VOCAB, policy_of, tiny_model
 
 from specsmallkv.batch import BatchDecoder, Job
 from specsmallkv.decode import Decoder
@@ -120,17 +120,17 @@ QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("seed, budget", [(1, 0.2), (2, 0.35), (3, 0.5)])
-def test_speculation_changes_no_token_if_each_query_has_its_own_set(seed, budget):
+@pytest.mark.parametrize("seed, budget, bits", [(1, 0.2, None), (2, 0.35, None), (3, 0.5, None), (1, 0.2, 8)])
+def test_speculation_changes_no_token_if_each_query_has_its_own_set(seed, budget, bits):
     """Invariant 2, greedy, for specsmallkv with selection=query; another pair and prompt for each seed."""
     target = tiny_model(seed=seed)
     draft = tiny_model(layers=2, seed=seed)
     draft.load_state_dict({k: v for k, v in target.state_dict().items() if k in draft.state_dict()})
     prompt = torch.randint(1, VOCAB, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
     for length in (5, 150):
-        plain, _ = decode(target, draft, load_policy("specsmallkv", kv_budget=budget, **QUERY), 0, prompt[:length])
+        policy = load_policy("specsmallkv", kv_budget=budget, critical_bits=bits, **QUERY)
+        plain, _ = decode(target, draft, policy, 0, prompt[:length])
         for num_draft_tokens in (3, 6):
-            policy = load_policy("specsmallkv", kv_budget=budget, **QUERY)
             speculated, sequence = decode(target, draft, policy, num_draft_tokens, prompt[:length])
             assert plain == speculated
             assert 0 < sequence.counters.accepted < sequence.counters.drafted, "some drafts pass, some do not"
@@ -287,12 +287,12 @@ def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, dr
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("budget", [0.1, 0.3])
-@pytest.mark.parametrize("name", [*STATIC, "specsmallkv"])
+@pytest.mark.parametrize("name", [*STATIC, "specsmallkv", "specsmallkv in 4 bits", "specsmallkv in 8 bits"])
 def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, name, budget):
     """Invariants 5, 7 and 8, looked at after every round of a long prompt."""
     prompt = torch.randint(1, VOCAB, (700,), generator=torch.Generator().manual_seed(0)).tolist()
-    policy = load_policy(name, kv_budget=budget, evict_block=16, window_size=16)
-    decoder = Decoder(target, draft, policy, 3)
+    policy = policy_of(name, kv_budget=budget, evict_block=16, window_size=16)
+    decoder, packed = Decoder(target, draft, policy, 3), name.endswith("bits")
     for index, (_, sequence) in enumerate(decoder.generate(prompt, NEW)):
         if index == 0:
             continue  # the prefill's token: compression comes right after it
@@ -301,10 +301,11 @@ def test_resident_bytes_stay_within_budget_block_and_evict_block(target, draft, 
         allowed = budget * sequence.target.full_nbytes + (16 + 4) * entry
         assert sequence.target.nbytes <= allowed
         assert sequence.target.allocated_nbytes <= budget * (700 + NEW) * entry + (16 + 4 + 1) * entry
-        assert (sequence.target.host_nbytes > 0) is (name == "specsmallkv")
+        assert (sequence.target.host_nbytes > 0) is (policy.residency == "offload")
+        assert not packed or sequence.target.host_nbytes < 0.8 * sequence.target.full_nbytes
         assert (layer.positions.diff(dim=-1) > 0).all() and layer.positions[0, 0, -1] == layer.seen - 1
     assert sequence.counters.max_target_bytes <= budget * sequence.counters.full_bytes_then + (16 + 4) * entry
-    kept, half = sequence.target.kept_per_layer(), sequence.target.seen // 2
+    kept, half = sequence.target.kept_per_layer(), sequence.target.seen * (0.9 if packed else 0.5)
     assert sum(layer["critical"] for layer in kept) < half * len(kept)
     most = 2 * budget * sequence.target.seen if name == "pyramidkv" else half
     assert all(layer["critical"] < most for layer in kept), "compression fired in every layer"

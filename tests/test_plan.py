@@ -31,10 +31,14 @@ def planned(*overrides, context=LENGTH):
 @pytest.mark.parametrize("speculation", ["draft", "none"])
 @pytest.mark.parametrize(
     "policy",
-    ["full", "streaming_llm", "snapkv", "pyramidkv", "h2o", "smallkv", "smallkv_paper", "specsmallkv"],
+    [
+        *("full", "streaming_llm", "snapkv", "pyramidkv", "h2o", "smallkv", "smallkv_paper", "specsmallkv"),
+        *(f"specsmallkv policy.critical_bits={bits}" for bits in (4, 8)),
+    ],
 )
 def test_planned_bytes_are_within_five_percent_of_a_run(tmp_path, policy, speculation):
-    asked = [f"policy={policy}", f"speculation={speculation}", "policy.kv_budget=0.3", "max_new_tokens=70"]
+    name, *bits = policy.split()
+    asked = [f"policy={name}", f"speculation={speculation}", "policy.kv_budget=0.3", "max_new_tokens=70", *bits]
     run = run_task(*TINY, *asked, f"prompt='{TEXT}'", f"run_dir={tmp_path}")
     plan = planned(*asked)
     assert run["prompt_tokens"] == plan["prompt_tokens"] == LENGTH

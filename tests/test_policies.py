@@ -309,6 +309,7 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("smallkv", "compensation", "yes"),
         ("smallkv", "marginal_share", 1.0),
         ("smallkv", "marginal_bits", 3),
+        ("specsmallkv", "critical_bits", 2),
         ("smallkv", "own_share", 1.5),
         ("smallkv", "num_foreseen_tokens", -1),
         ("smallkv", "evict_block", 0),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_task
+from conftest import policy_of, run_task
 
 from specsmallkv import SpecSmallKV
 from specsmallkv.attention import AttentionCall, AttentionRows
@@ -38,12 +38,12 @@ def run(target, draft, policy, prompt, head_map, num_draft_tokens=3, **options):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("chunk", [7, 32, 60])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "specsmallkv in 4 bits"])
 def test_the_target_never_holds_more_than_budget_and_chunk_while_it_reads(
     target, draft, prompt, head_map, name, chunk, monkeypatch
 ):
     """Counted from tensors after every pass; the buffers that are allocated keep to it as well."""
-    policy = load_policy(name, kv_budget=0.3, prefill_chunk=chunk, **SETTINGS)
+    policy = policy_of(name, kv_budget=0.3, prefill_chunk=chunk, **SETTINGS)
     held, forward = [], Decoder.forward
 
     def watched(self, model, cache, tokens, *args, **kwargs):
@@ -58,14 +58,15 @@ def test_the_target_never_holds_more_than_budget_and_chunk_while_it_reads(
     most = 0.3 * len(prompt) * entry + chunk * entry
     assert sum(tokens for _, _, tokens, _ in held) == len(prompt), "each token is read once"
     assert max(used for used, *_ in held) <= most and max(used for used, *_ in held) > 0.3 * len(prompt) * entry
+    assert held[-1][0] > 0.85 * 0.3 * len(prompt) * entry, "and what the budget allows it does hold"
     waiting = max(chunk, SETTINGS["evict_block"] + 4)  # buffers have room for what is generated, too
     assert max(allocated for _, allocated, *_ in held) <= 0.3 * (len(prompt) + NEW) * entry + waiting * entry
     assert sequence.counters.prefill_bytes == max(used for used, *_ in held) < 0.75 * len(prompt) * entry
     for layer in sequence.target.layers:
         assert (layer.positions.diff(dim=-1) > 0).all() and (layer.positions[..., :4] == torch.arange(4)).all()
-    assert sequence.target.host_nbytes == (sequence.target.full_nbytes * layer.tail_start // layer.seen) * (
-        policy.residency == "offload"
-    )
+    stored = sequence.target.full_nbytes * layer.tail_start / layer.seen if policy.residency == "offload" else 0
+    cost = policy.fitted(layer.k.shape[3], layer.k.element_size()).critical_cost
+    assert sequence.target.host_nbytes == pytest.approx(stored * cost)
 
 
 @pytest.mark.parametrize("name", NAMES)

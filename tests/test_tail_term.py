@@ -58,9 +58,9 @@ def test_equal_values_in_the_far_remainder_lose_nothing_by_their_mean(block, poo
     saliency = true_rows(query, k).unflatten(0, (H_KV, -1)).mean((1, 2))[:, : layer.tail_start]
     near = saliency.masked_fill(~evicted, -1).topk(int(pool * layer.num_kept), dim=-1).indices
     far = evicted.scatter(1, near, False)
-    for values in (v, layer.store_v):
+    for values in (v, layer.store[1]):
         values[0, :, : layer.tail_start][far] = 0.5
-    layer.older_value_sum = layer.store_v[:, :, : layer.tail_start].sum(dim=2)
+    layer.older_value_sum = layer.store[1][:, :, : layer.tail_start].sum(dim=2)
     full = reference_attention(query, k, v, DIM**-0.5)
     torch.testing.assert_close(read(layer, query, k, v, factor=1.0, pool=pool), full, atol=1e-5, rtol=1e-5)
 

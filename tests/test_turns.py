@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, policy_of
 
 from specsmallkv import SpecSmallKV, UserError
 from specsmallkv.attention import AttentionCall, AttentionMass
@@ -74,10 +74,10 @@ def test_speculation_changes_no_token_after_a_later_turn(target, draft, prompt, 
     assert name == "streaming_llm" or whole != plain, "the later turn did not choose what stays"
 
 
-@pytest.mark.parametrize("name", [*STATIC, "specsmallkv", "oracle"])
+@pytest.mark.parametrize("name", [*STATIC, "specsmallkv", "specsmallkv in 4 bits", "oracle"])
 def test_resident_bytes_stay_within_budget_while_a_turn_is_read_and_afterwards(target, draft, name):
     tokens = torch.randint(1, VOCAB, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-    policy = load_policy(name, **SETTINGS | {"kv_budget": 0.2, "window_size": 16})
+    policy = policy_of(name, **SETTINGS | {"kv_budget": 0.2, "window_size": 16})
     for _, sequence in Decoder(target, draft, policy, 3).generate(tokens, NEW, compress_after=400):
         layer = sequence.target.layers[0]
         entry = sequence.target.full_nbytes / layer.seen
@@ -85,7 +85,8 @@ def test_resident_bytes_stay_within_budget_while_a_turn_is_read_and_afterwards(t
         assert sequence.target.allocated_nbytes <= 0.2 * (600 + NEW) * entry + (16 + 4 + 1) * entry
         assert (layer.positions.diff(dim=-1) > 0).all() and layer.positions[0, 0, -1] == layer.seen - 1
     assert sequence.counters.max_target_bytes <= 0.2 * sequence.counters.full_bytes_then + (16 + 4) * entry
-    assert all(kept["critical"] < kept["total"] // 2 for kept in sequence.target.kept_per_layer())
+    most = 0.9 if name.endswith("bits") else 0.5
+    assert all(kept["critical"] < most * kept["total"] for kept in sequence.target.kept_per_layer())
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])

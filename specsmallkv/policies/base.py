@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..packed_values import entry_cost
+from ..packed_values import BITS, entry_cost
 from ..ranking import largest
 from ..tiered_layer import RESIDENCIES, Candidates, TieredLayer
 from .evidence import Evidence
@@ -64,6 +64,8 @@ class Policy(ABC):
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     marginal_bits = cast("int | None", None)  # of the marginal values; None: as the cache holds them
+    critical_bits = cast("int | None", None)  # of K and V of critical tokens outside of the window; None: as they come
+    critical_cost = 1.0  # bytes of such a token over those of a plain one; set and lost as the next
     marginal_cost = 0.5  # bytes of a marginal entry over a critical one's; set by `fitted`, lost by `replace`
     compensation = "none"
     own_share = 0.0  # part of the score that is the target's own attention
@@ -91,6 +93,11 @@ class Policy(ABC):
     def _one_of(self, key: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, key) not in allowed:
             raise UserError(f"policy.{key}={getattr(self, key)} is unknown; choose one of {', '.join(allowed)}.")
+
+    def _bits(self, key: str) -> None:
+        if getattr(self, key) not in (None, *BITS):
+            known = ", ".join(map(str, BITS))
+            raise UserError(f"policy.{key}={getattr(self, key)} is unknown; choose one of null, {known}.")
 
     @property
     def evicts(self) -> bool:
@@ -139,6 +146,21 @@ class Policy(ABC):
 
     def tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
         """Sizes of one layer for `seen` committed tokens; sinks and window are kept even if the budget is smaller."""
+        plain = self.plain_tiers(seen, index, num_layers)
+        if self.critical_bits is None:
+            return plain
+        window = min(self.window_size, seen)
+        rest = plain.critical - window - self.num_sink_tokens / 2  # the sinks' keys are there twice
+        critical = window + max(int(rest / self.critical_cost), self.num_sink_tokens)
+        return TierSizes(min(seen, critical), plain.marginal)
+
+    def num_slots(self, seen: int, index: int, num_layers: int) -> int:
+        """Tokens of the budget whose K and V lie in the layer's buffer as they come."""
+        critical = self.plain_tiers(seen, index, num_layers).critical
+        return critical if self.critical_bits is None else min(self.window_size, critical)
+
+    def plain_tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
+        """Sizes if critical tokens are held as they come."""
         units, cost = self.layer_units(seen, index, num_layers), self.marginal_cost
         critical = int((1 - self.marginal_share) * units + 1e-9)
         marginal = int((units - critical) / cost + 1e-9) if self.marginal_share else 0
@@ -154,11 +176,14 @@ class Policy(ABC):
         """For a cache of heads of so many numbers of so many bytes each: what a marginal entry costs there."""
         own = copy.copy(self)
         own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
+        own.critical_cost = (
+            1.0 if self.critical_bits is None else 2 * entry_cost(head_dim, itemsize, self.critical_bits)
+        )
         return own
 
     def due(self, seen: int) -> bool:
         """Whether a cache of `seen` committed tokens has to be planned now: if any layer has, the mean layer has."""
-        return self.evicts and self.tiers(seen).critical < seen
+        return self.evicts and self.plain_tiers(seen).critical < seen
 
     @abstractmethod
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:

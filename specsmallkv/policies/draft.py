@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..matching import METHODS
-from ..packed_values import BITS
 from ..slots import slots_of
 from ..tiered_layer import Candidates, TieredLayer
 from .base import Plan, Policy
@@ -87,9 +86,7 @@ class SmallKV(DraftPolicy):
             value = getattr(self, key)
             if not 0 <= value <= 1 or (most == "1)" and value == 1):
                 raise UserError(f"policy.{key}={value} is outside [0, {most}; give e.g. 0.25.")
-        if self.marginal_bits not in (None, *BITS):
-            known = ", ".join(map(str, BITS))
-            raise UserError(f"policy.marginal_bits={self.marginal_bits} is unknown; choose one of null, {known}.")
+        self._bits("marginal_bits")
         if self.num_foreseen_tokens < 0:
             raise UserError(
                 f"policy.num_foreseen_tokens={self.num_foreseen_tokens} is negative; give 0 (off) or more."

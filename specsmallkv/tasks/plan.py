@@ -121,7 +121,9 @@ class Plan:
             if self.policy.selection == "query":  # a union of sets: at most as many as queries
                 chosen = critical - min(self.policy.window_size, critical)
                 critical = min(event, critical + self.num_draft_tokens * chosen)
-            units += critical + sizes.marginal * self.policy.marginal_cost + seen - event
+            window, cost = min(self.policy.window_size, critical), self.policy.critical_cost
+            packed = (critical - window) * cost + self.policy.num_sink_tokens / 2 * (cost < 1)
+            units += window + packed + sizes.marginal * self.policy.marginal_cost + seen - event
         return int(units * entry_bytes(config, self.dtype))
 
     def _window_bytes(self, event: int, seen: int) -> int:
@@ -139,7 +141,8 @@ class Plan:
         """Everything older than the tail, from the first eviction on."""
         if self.policy.residency != "offload" or not self.policy.due(event):
             return 0
-        return kv_bytes(self.target, event - min(self.policy.window_size, event), self.dtype)
+        older = kv_bytes(self.target, event - min(self.policy.window_size, event), self.dtype)
+        return int(older * self.policy.critical_cost)
 
     def _scratch(self, context: int, new_tokens: int) -> tuple[int, int]:
         """Bytes of rows and sums, and the tokens that the target's cache has room for while the prompt is read."""
@@ -150,7 +153,7 @@ class Plan:
         oracle, capacity = sequence.evidence.oracle, sequence.target.layers[0].capacity
         room = capacity
         if in_chunks(self.policy, context):
-            held = while_reading(self.policy, context, context).tiers(context).critical
+            held = while_reading(self.policy, context, context).plain_tiers(context).critical
             room = min(capacity, held + self.policy.prefill_chunk)
         config, scratch = self.target.config, 0
         if self.policy.reads_mass:

@@ -1,0 +1,151 @@
+"""A tiered layer whose critical tokens are held in few bits, so that the same bytes hold more of them.
+
+    device buffer   [ tail: as it comes ]
+    kept            codes of K and V, with scales and offsets
+    sink keys       as they come: they are unlike all others, and scores are most sensitive to them
+    host store      codes of every token older than the tail
+
+A token is packed once, when it leaves the tail; recall moves codes. A prompt that nothing leaves is never packed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import masked_softmax, products, scaled, weighted_values
+from .packed_keys import ChannelScale, channel_scale, key_products, pack_keys, unpack_keys
+from .packed_values import Stored, pack, unpack, weighted_sum
+from .slots import select_both, value_sum
+from .tiered_layer import TieredLayer
+
+
+def with_sinks(kept: Tensor, sinks: Tensor, positions: Tensor, dim: int) -> Tensor:
+    """`kept` with the sinks' own in their places along `dim`; positions of kept, broadcastable to it."""
+    count = sinks.shape[dim]
+    if not count:
+        return kept
+    own = sinks.gather(dim, positions.clamp(max=count - 1).expand_as(kept))
+    return torch.where(positions < count, own, kept)
+
+
+class PackedLayer(TieredLayer):
+    """critical_bits: of the kept tokens' K and V and of the host store's; residency is "offload".
+
+    num_sink_tokens: first tokens whose keys stay as they are besides.
+    """
+
+    def __init__(self, *args: Any, critical_bits: int, num_sink_tokens: int = 0, **options: Any):
+        self.critical_bits, self.num_sink_tokens = critical_bits, num_sink_tokens
+        super().__init__(*args, **options)
+        assert self.residency == "offload", "what was packed is recalled from a host store"
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept: tuple[Tensor, ...] = ()  # codes and affine of K, then of V, of the kept tokens
+        self.left: tuple[Tensor, ...] = ()  # of those that have just left the tail
+        self.sink_keys = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_sink_tokens, D)
+        self.channels: ChannelScale | None = None
+
+    # --- contents ----------------------------------------------------------------------------------------------
+
+    def _tail_behind(self, num_kept: int) -> int:
+        return 0
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """K and V of the tail."""
+        count = self.seen - self.tail_start
+        return self.k[:, :, :count], self.v[:, :, :count]
+
+    @property
+    def keys(self) -> Tensor:
+        """Unpacked; attention reads the codes instead."""
+        own = self.tail[0]
+        return torch.cat((self._unpacked_keys(self.kept[:2], self.kept_positions), own), dim=2) if self.kept else own
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        pass  # the base class assigns None
+
+    @property
+    def values(self) -> Tensor:
+        """Unpacked."""
+        own = self.tail[1]
+        return torch.cat((unpack(self.kept[2:], self.critical_bits), own), dim=2) if self.kept else own
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        pass
+
+    def stored_values(self, positions: Tensor) -> Tensor:
+        return unpack(select_both(self.store[2:], positions), self.critical_bits)
+
+    def kept_value_sum(self) -> Tensor:
+        return unpack(self.kept[2:], self.critical_bits).sum(dim=2, dtype=torch.float32)
+
+    def _older(self) -> tuple[Tensor, ...]:
+        older = super()._older()
+        positions = torch.arange(self.tail_start, device=self.k.device).expand(*self.k.shape[:2], -1)
+        return self._unpacked_keys(older[:2], positions), unpack(older[2:], self.critical_bits)
+
+    def _unpacked_keys(self, stored: Stored, positions: Tensor) -> Tensor:
+        assert self.channels is not None
+        keys = unpack_keys(stored, self.channels, self.critical_bits)
+        return with_sinks(keys, self.sink_keys, positions.unsqueeze(3), 2)
+
+    def attention(self, query: Tensor, scaling: float, mask: Tensor | None, num_sinks: int) -> tuple[Tensor, Tensor]:
+        """As `backends.attention_with_sinks`, of query (B, H_q, q, D) over kept and tail."""
+        (tail_k, tail_v), num_kept = self.tail, self.num_kept
+        assert self.channels is not None
+        on_kept = key_products(query, self.kept[:2], self.channels, self.critical_bits)
+        on_kept = with_sinks(on_kept, products(query, self.sink_keys), self.kept_positions.unsqueeze(2), 3)
+        scores = scaled(torch.cat((on_kept, products(query, tail_k)), dim=3), scaling)
+        probabilities = masked_softmax(scores.view(*query.shape[:3], -1), mask)
+        of_kept, of_tail = probabilities.split((num_kept, tail_k.shape[2]), dim=3)
+        output = weighted_sum(of_kept, self.kept[2:], self.critical_bits) + weighted_values(of_tail, tail_v)
+        return output, probabilities[..., :num_sinks].sum(dim=-1, keepdim=True)
+
+    # --- one round ---------------------------------------------------------------------------------------------
+
+    def _flush(self, tail_start: int) -> None:
+        """Pack the tail tokens before `tail_start` and copy them into the host store."""
+        count = tail_start - self.tail_start
+        k, v = self.k[:, :, :count], self.v[:, :, :count]
+        if not self.store:
+            sinks = min(self.num_sink_tokens, count)
+            self.sink_keys = k[:, :, :sinks].clone()
+            self.channels = channel_scale(k[:, :, sinks:] if count > sinks else k)
+        assert self.channels is not None
+        bits = self.critical_bits
+        self.left = *pack_keys(k, self.channels, bits), *pack(v, bits)
+        if not self.store:
+            self.kept = tuple(part[:, :, :0] for part in self.left)
+            self.store = tuple(
+                part.new_empty(*part.shape[:2], self.capacity, part.shape[3], device=self.host) for part in self.left
+            )
+            self.older_value_sum = torch.zeros_like(v[:, :, 0], dtype=torch.float32)
+            self._see_store()
+        for part, own in zip(self.store, self.left, strict=True):
+            part[:, :, self.tail_start : tail_start] = own.to(self.host)
+        self.older_value_sum += value_sum(v)
+
+    def _resident(self) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(parts, dim=2) for parts in zip(self.kept, self.left, strict=True))
+
+    def _hold(self, parts: tuple[Tensor, ...]) -> None:
+        self.kept, self.left = parts, ()
+
+    # --- bytes -------------------------------------------------------------------------------------------------
+
+    @property
+    def kept_nbytes(self) -> int:
+        return sum(part.nbytes for part in self.kept) + self.sink_keys.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.tail) + self.kept_nbytes + self.marginal_nbytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        return super().allocated_nbytes + self.kept_nbytes
