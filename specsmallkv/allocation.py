@@ -24,8 +24,9 @@ def start(decoder: "Decoder", prompt: list[int], max_new_tokens: int) -> Sequenc
     room, resident = _room(decoder, limit, max_new_tokens)
     policy = decoder.policy
     kind: dict[str, Any] = {"residency": policy.residency, "marginal_bits": policy.marginal_bits}
-    if policy.critical_bits is not None and policy.evicts:
-        kind |= {"critical_bits": policy.critical_bits, "num_sink_tokens": policy.num_sink_tokens}
+    if policy.packs and policy.evicts:
+        bits = {"key_bits": policy.key_bits, "value_bits": policy.value_bits}
+        kind |= bits | {"num_sink_tokens": policy.num_sink_tokens}
     target = TieredCache(num_layers, limit + room, resident, decoder.windows, **kind)
     draft = full_cache(decoder.draft_model, limit + room) if decoder.draft_model else None
     evidence = Evidence(

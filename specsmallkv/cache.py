@@ -23,7 +23,7 @@ class TieredCache(Cache):
     ):
         """resident_capacity, windows: one per layer; the other options are alike for all."""
         slots, windows = resident_capacity or [capacity] * num_layers, windows or [None] * num_layers
-        kind = PackedLayer if "critical_bits" in layer_options else TieredLayer
+        kind = PackedLayer if "key_bits" in layer_options else TieredLayer
         super().__init__(
             layers=[
                 kind(capacity, slots[i], **layer_options)

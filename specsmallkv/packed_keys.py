@@ -52,9 +52,11 @@ def key_products(query: Tensor, stored: Stored, channels: ChannelScale, bits: in
     rows = fold(query.float(), codes.shape[1])
     scaled = rows * channels.spread
     parts = levels_of(codes, bits)
-    products = sum(map(_products, scaled.chunk(len(parts), dim=-1), parts))
+    products, *others = map(_products, scaled.chunk(len(parts), dim=-1), parts)
+    for other in others:
+        products.add_(other)
     constant = rows @ channels.centre.transpose(2, 3)
-    return products * scale + scaled.sum(dim=-1, keepdim=True) * offset + constant
+    return products.mul_(scale).addcmul_(scaled.sum(dim=-1, keepdim=True), offset).add_(constant)
 
 
 def _products(rows: Tensor, levels: Tensor) -> Tensor:

@@ -30,22 +30,24 @@ def with_sinks(kept: Tensor, sinks: Tensor, positions: Tensor, dim: int) -> Tens
 
 
 class PackedLayer(TieredLayer):
-    """critical_bits: of the kept tokens' K and V and of the host store's; residency is "offload".
+    """key_bits, value_bits: of the kept tokens' K and V and of the host store's, None: as they come.
 
-    num_sink_tokens: first tokens whose keys stay as they are besides.
+    num_sink_tokens: first tokens whose keys stay as they are besides. residency is "offload".
     """
 
-    def __init__(self, *args: Any, critical_bits: int, num_sink_tokens: int = 0, **options: Any):
-        self.critical_bits, self.num_sink_tokens = critical_bits, num_sink_tokens
+    def __init__(
+        self, *args: Any, key_bits: int | None, value_bits: int | None, num_sink_tokens: int = 0, **options: Any
+    ):
+        self.key_bits, self.value_bits, self.num_sink_tokens = key_bits, value_bits, num_sink_tokens
         super().__init__(*args, **options)
         assert self.residency == "offload", "what was packed is recalled from a host store"
 
     def reset(self) -> None:
         super().reset()
-        self.kept: tuple[Tensor, ...] = ()  # codes and affine of K, then of V, of the kept tokens
-        self.left: tuple[Tensor, ...] = ()  # of those that have just left the tail
+        self.kept: Stored = ()  # codes and affine of K, then of V, of the kept tokens
+        self.left: Stored = ()  # of those that have just left the tail
         self.sink_keys = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_sink_tokens, D)
-        self.channels: ChannelScale | None = None
+        self.channels = ChannelScale(self.sink_keys, self.sink_keys)  # of the keys packed first
 
     # --- contents ----------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ class PackedLayer(TieredLayer):
     def keys(self) -> Tensor:
         """Unpacked; attention reads the codes instead."""
         own = self.tail[0]
-        return torch.cat((self._unpacked_keys(self.kept[:2], self.kept_positions), own), dim=2) if self.kept else own
+        return torch.cat((self._keys_of(self.kept, self.kept_positions), own), dim=2) if self.kept else own
 
     @keys.setter
     def keys(self, value: Any) -> None:
@@ -72,39 +74,53 @@ class PackedLayer(TieredLayer):
     def values(self) -> Tensor:
         """Unpacked."""
         own = self.tail[1]
-        return torch.cat((unpack(self.kept[2:], self.critical_bits), own), dim=2) if self.kept else own
+        return torch.cat((self._values_of(self.kept), own), dim=2) if self.kept else own
 
     @values.setter
     def values(self, value: Any) -> None:
         pass
 
     def stored_values(self, positions: Tensor) -> Tensor:
-        return unpack(select_both(self.store[2:], positions), self.critical_bits)
+        return unpack(select_both(self.store[self._first_of_v :], positions), self.value_bits)
 
     def kept_value_sum(self) -> Tensor:
-        return unpack(self.kept[2:], self.critical_bits).sum(dim=2, dtype=torch.float32)
+        return self._values_of(self.kept).sum(dim=2, dtype=torch.float32)
 
     def _older(self) -> tuple[Tensor, ...]:
         older = super()._older()
         positions = torch.arange(self.tail_start, device=self.k.device).expand(*self.k.shape[:2], -1)
-        return self._unpacked_keys(older[:2], positions), unpack(older[2:], self.critical_bits)
+        return self._keys_of(older, positions), self._values_of(older)
 
-    def _unpacked_keys(self, stored: Stored, positions: Tensor) -> Tensor:
-        assert self.channels is not None
-        keys = unpack_keys(stored, self.channels, self.critical_bits)
+    @property
+    def _first_of_v(self) -> int:
+        """The parts before it are of K."""
+        return 1 if self.key_bits is None else 2
+
+    def _values_of(self, parts: Stored) -> Tensor:
+        return unpack(parts[self._first_of_v :], self.value_bits)
+
+    def _keys_of(self, parts: Stored, positions: Tensor) -> Tensor:
+        if self.key_bits is None:
+            return parts[0]
+        keys = unpack_keys(parts[:2], self.channels, self.key_bits)
         return with_sinks(keys, self.sink_keys, positions.unsqueeze(3), 2)
 
     def attention(self, query: Tensor, scaling: float, mask: Tensor | None, num_sinks: int) -> tuple[Tensor, Tensor]:
         """As `backends.attention_with_sinks`, of query (B, H_q, q, D) over kept and tail."""
         (tail_k, tail_v), num_kept = self.tail, self.num_kept
-        assert self.channels is not None
-        on_kept = key_products(query, self.kept[:2], self.channels, self.critical_bits)
-        on_kept = with_sinks(on_kept, products(query, self.sink_keys), self.kept_positions.unsqueeze(2), 3)
-        scores = scaled(torch.cat((on_kept, products(query, tail_k)), dim=3), scaling)
+        scores = scaled(torch.cat((self._products(query), products(query, tail_k)), dim=3), scaling)
         probabilities = masked_softmax(scores.view(*query.shape[:3], -1), mask)
         of_kept, of_tail = probabilities.split((num_kept, tail_k.shape[2]), dim=3)
-        output = weighted_sum(of_kept, self.kept[2:], self.critical_bits) + weighted_values(of_tail, tail_v)
+        output = weighted_sum(of_kept, self.kept[self._first_of_v :], self.value_bits)
+        output += weighted_values(of_tail, tail_v)
         return output, probabilities[..., :num_sinks].sum(dim=-1, keepdim=True)
+
+    def _products(self, query: Tensor) -> Tensor:
+        """Of query and the kept keys, as `backends.products`."""
+        if self.key_bits is None:
+            return products(query, self.kept[0])
+        on_kept = key_products(query, self.kept[:2], self.channels, self.key_bits)
+        return with_sinks(on_kept, products(query, self.sink_keys), self.kept_positions.unsqueeze(2), 3)
 
     # --- one round ---------------------------------------------------------------------------------------------
 
@@ -112,13 +128,12 @@ class PackedLayer(TieredLayer):
         """Pack the tail tokens before `tail_start` and copy them into the host store."""
         count = tail_start - self.tail_start
         k, v = self.k[:, :, :count], self.v[:, :, :count]
-        if not self.store:
+        if not self.store and self.key_bits is not None:
             sinks = min(self.num_sink_tokens, count)
             self.sink_keys = k[:, :, :sinks].clone()
             self.channels = channel_scale(k[:, :, sinks:] if count > sinks else k)
-        assert self.channels is not None
-        bits = self.critical_bits
-        self.left = *pack_keys(k, self.channels, bits), *pack(v, bits)
+        packed_k = (k,) if self.key_bits is None else pack_keys(k, self.channels, self.key_bits)
+        self.left = *packed_k, *pack(v, self.value_bits)
         if not self.store:
             self.kept = tuple(part[:, :, :0] for part in self.left)
             self.store = tuple(

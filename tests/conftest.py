@@ -79,7 +79,7 @@ def compose_run(*overrides: str) -> tuple:
 def policy_of(name: str, **settings: object) -> Policy:
     """A preset; "specsmallkv in 4 bits": with its critical tokens packed."""
     name, _, bits = name.partition(" in ")
-    return load_policy(name, **settings | ({"critical_bits": int(bits.split()[0])} if bits else {}))
+    return load_policy(name, **settings | ({"key_bits": int(bits[0]), "value_bits": int(bits[0])} if bits else {}))
 
 
 def run_task(*overrides: str) -> dict:

@@ -68,7 +68,7 @@ def assert_independent(
         ("specsmallkv", 2, {"selection": "query"}),
         ("specsmallkv", 0, {}),
         ("specsmallkv", 2, {"own_share": 0.5}),
-        ("specsmallkv", 2, {"critical_bits": 4}),
+        ("specsmallkv", 2, {"key_bits": 4, "value_bits": 4}),
     ],
 )
 def test_a_row_of_a_batch_equals_its_prompt_alone(target, draft, name, num_draft_tokens, options):

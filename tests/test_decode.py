@@ -128,7 +128,7 @@ def test_speculation_changes_no_token_if_each_query_has_its_own_set(seed, budget
     draft.load_state_dict({k: v for k, v in target.state_dict().items() if k in draft.state_dict()})
     prompt = torch.randint(1, VOCAB, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
     for length in (5, 150):
-        policy = load_policy("specsmallkv", kv_budget=budget, critical_bits=bits, **QUERY)
+        policy = load_policy("specsmallkv", kv_budget=budget, key_bits=bits, value_bits=bits, **QUERY)
         plain, _ = decode(target, draft, policy, 0, prompt[:length])
         for num_draft_tokens in (3, 6):
             speculated, sequence = decode(target, draft, policy, num_draft_tokens, prompt[:length])

@@ -26,9 +26,13 @@ def keys_of(count, seed=0, large=1.0):
     return keys
 
 
+PAIRS = [(4, 4), (8, 8), (8, 4), (None, 4), (8, None)]  # bits of keys and of values
+
+
 def packed_layer(bits, dtype=torch.float32, sinks=2):
     """40 tokens: 12 kept, each head's own, and 4 in the tail; the first two have keys like no other."""
-    layer, keys = PackedLayer(64, 8, "offload", critical_bits=bits, num_sink_tokens=sinks), keys_of(40)
+    options = dict(zip(("key_bits", "value_bits"), bits, strict=True))
+    layer, keys = PackedLayer(64, 8, "offload", num_sink_tokens=sinks, **options), keys_of(40)
     keys[:, :, :2] *= 50
     layer.update(keys.to(dtype), keys_of(40, 1).to(dtype))
     critical = torch.cat((torch.arange(2).expand(1, HEADS, -1), 2 + choose(34, 10, 2)), dim=2)
@@ -72,7 +76,7 @@ def test_products_with_packed_keys_are_those_with_unpacked_ones(bits, dtype):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PAIRS)
 def test_attention_over_codes_is_attention_over_what_they_stand_for(bits, masked, softcap):
     layer, query, scaling = packed_layer(bits), torch.randn(1, 3 * HEADS, 4, DIM), Scaling(DIM**-0.5, softcap)
     mask = torch.rand(1, HEADS, 4, layer.num_slots) < 0.7 if masked else None
@@ -86,7 +90,7 @@ def test_attention_over_codes_is_attention_over_what_they_stand_for(bits, masked
     torch.testing.assert_close(read_tiers(layer, query, scaling, mask, "sdpa"), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PAIRS)
 def test_keys_of_sinks_are_exact_wherever_a_padded_set_has_them(bits):
     layer = packed_layer(bits)
     exact = layer.everything()[0][:, :, :2]
@@ -97,11 +101,11 @@ def test_keys_of_sinks_are_exact_wherever_a_padded_set_has_them(bits):
     query, mask = torch.randn(1, HEADS, 4, DIM), torch.ones(1, HEADS, 4, 8, dtype=torch.bool)
     expected, _ = attention_with_sinks(query, layer.keys, layer.values, 1.0, mask, 2)
     torch.testing.assert_close(read_tiers(layer, query, 1.0, mask, "sdpa"), expected, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(packed_layer(bits, sinks=0).keys[:, :, :2], exact)
+    assert torch.equal(packed_layer(bits, sinks=0).keys[:, :, :2], exact) is (bits[0] is None)
 
 
 def test_a_long_block_reads_the_same():
-    layer = packed_layer(4)
+    layer = packed_layer((4, 4))
     query = torch.randn(1, 3 * HEADS, FOLD_LIMIT + 1, DIM)
     mask = torch.ones(1, HEADS, FOLD_LIMIT + 1, layer.num_slots, dtype=torch.bool)
     long = read_tiers(layer, query, DIM**-0.5, mask, "sdpa")
@@ -110,10 +114,10 @@ def test_a_long_block_reads_the_same():
 
 
 @pytest.mark.parametrize("shares_memory", [True, False])
-@pytest.mark.parametrize("bits", BITS)
-def test_a_token_is_packed_once_and_comes_back_as_it_went(bits, shares_memory):
+@pytest.mark.parametrize(("bits", "values"), [(4, 4), (8, 8), (8, None)])
+def test_a_token_is_packed_once_and_comes_back_as_it_went(bits, values, shares_memory):
     """However often it is recalled, or stays: its codes are those of the keys and values as they came."""
-    layer, plain = PackedLayer(64, 8, "offload", critical_bits=bits), TieredLayer(64, 32, "offload")
+    layer, plain = PackedLayer(64, 8, "offload", key_bits=bits, value_bits=values), TieredLayer(64, 32, "offload")
     layer.shares_memory = plain.shares_memory = shares_memory
     for step, count in enumerate((24, 4, 4, 1, 7)):
         for own in (layer, plain):
@@ -134,7 +138,7 @@ def test_a_token_is_packed_once_and_comes_back_as_it_went(bits, shares_memory):
 
 
 def test_a_cache_from_which_nothing_left_is_not_packed():
-    layer = PackedLayer(64, 8, "offload", critical_bits=4)
+    layer = PackedLayer(64, 8, "offload", key_bits=4, value_bits=4)
     keys = keys_of(20)
     layer.update(keys, keys)
     assert torch.equal(layer.keys, keys) and layer.keys.data_ptr() == layer.k.data_ptr()
@@ -143,17 +147,18 @@ def test_a_cache_from_which_nothing_left_is_not_packed():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PAIRS)
 def test_bytes_are_those_that_the_policy_counts_with(bits, dtype):
     layer = packed_layer(bits, dtype)
-    cost = load_policy("specsmallkv", critical_bits=bits).fitted(DIM, dtype.itemsize).critical_cost
-    assert layer.nbytes == HEADS * (12 * cost + 4 + 2 / 2) * layer.entry_bytes
+    policy = load_policy("specsmallkv", num_sink_tokens=2, key_bits=bits[0], value_bits=bits[1])
+    cost, doubled = policy.fitted(DIM, dtype.itemsize).critical_cost, policy.doubled
+    assert layer.nbytes == HEADS * (12 * cost + 4 + doubled) * layer.entry_bytes
     assert layer.host_nbytes == HEADS * 36 * cost * layer.entry_bytes == HEADS * 36 * layer.stored_bytes
-    assert layer.allocated_nbytes == HEADS * (12 * cost + 8 + 2 / 2) * layer.entry_bytes
+    assert layer.allocated_nbytes == HEADS * (12 * cost + 8 + doubled) * layer.entry_bytes
 
 
 def test_a_later_turn_finds_room():
-    layer = packed_layer(8)
+    layer = packed_layer((8, 8))
     before = layer.keys
     layer.grow(100, 12)
     append(layer, 8)
@@ -175,7 +180,7 @@ def test_the_same_bytes_are_nearer_to_the_full_cache(target, prompt):
 
     settings = {"kv_budget": 0.3, "evict_block": 8, "window_size": 8, "tail_factor": 0.0}
     full, _ = told(load_policy("full"))
-    results = [told(load_policy("specsmallkv", critical_bits=own, **settings)) for own in (8, None)]
+    results = [told(load_policy("specsmallkv", key_bits=own, value_bits=own, **settings)) for own in (8, None)]
     (packed, held), (plain, without) = results
     assert held <= without
     distances = [(full.exp() * (full - own)).sum(-1).mean() for own in (packed, plain)]
@@ -183,7 +188,7 @@ def test_the_same_bytes_are_nearer_to_the_full_cache(target, prompt):
 
 
 def test_a_budget_that_holds_every_token_packed_keeps_them_all_within_its_bytes(target, draft, prompt):
-    policy = load_policy("specsmallkv", critical_bits=4, kv_budget=0.5, evict_block=8)
+    policy = load_policy("specsmallkv", key_bits=4, value_bits=4, kv_budget=0.5, evict_block=8)
     for index, (_, sequence) in enumerate(Decoder(target, draft, policy, 3).generate(prompt, 24)):
         if not index:
             continue

@@ -45,7 +45,7 @@ def generated(target, draft, prompt, name, **settings):
         ("smallkv", {}),
         ("specsmallkv", {}),
         ("specsmallkv", {"selection": "query"}),
-        ("specsmallkv", {"critical_bits": 4}),
+        ("specsmallkv", {"key_bits": 4, "value_bits": 4}),
         ("smallkv", {"prefill_chunk": 32}),
         ("specsmallkv", {"prefill_chunk": 32}),
         ("oracle", {}),

@@ -33,7 +33,7 @@ def planned(*overrides, context=LENGTH):
     "policy",
     [
         *("full", "streaming_llm", "snapkv", "pyramidkv", "h2o", "smallkv", "smallkv_paper", "specsmallkv"),
-        *(f"specsmallkv policy.critical_bits={bits}" for bits in (4, 8)),
+        *(f"specsmallkv policy.key_bits={bits} policy.value_bits={bits}" for bits in (4, 8)),
     ],
 )
 def test_planned_bytes_are_within_five_percent_of_a_run(tmp_path, policy, speculation):

@@ -33,7 +33,9 @@ def saliency_of(wanted, length):
     return torch.zeros(1, HEADS, length).scatter(2, wanted, 1.0)
 
 
-@pytest.mark.parametrize("kind, entry", [(TieredLayer, ENTRY), (partial(PackedLayer, critical_bits=8), 2 * (DIM + 8))])
+@pytest.mark.parametrize(
+    "kind, entry", [(TieredLayer, ENTRY), (partial(PackedLayer, key_bits=8, value_bits=8), 2 * (DIM + 8))]
+)
 @pytest.mark.parametrize("rotated", [0, 3, 11])
 def test_a_set_is_the_same_whether_it_was_sent_ahead_in_whole_in_part_or_wrongly(rotated, kind, entry):
     (plain, ahead), wanted = two_layers(kind)
@@ -88,7 +90,7 @@ def decoded(target, draft, prompt, policy, over_a_bus):
     return [*(behind_a_bus(decoder) if over_a_bus else decoder).generate(prompt, NEW)][-1][1]
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "query"}, {"critical_bits": 4}])
+@pytest.mark.parametrize("options", [{}, {"selection": "query"}, {"key_bits": 4, "value_bits": 4}])
 def test_decoding_over_a_bus_sends_ahead_and_gives_the_same_tokens(target, draft, prompt, options):
     policy = load_policy("specsmallkv", kv_budget=0.3, **options)
     plain, bus = (decoded(target, draft, prompt, policy, over_a_bus) for over_a_bus in (False, True))

@@ -64,7 +64,8 @@ class Policy(ABC):
     tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     marginal_bits = cast("int | None", None)  # of the marginal values; None: as the cache holds them
-    critical_bits = cast("int | None", None)  # of K and V of critical tokens outside of the window; None: as they come
+    # of K and of V of critical tokens outside of the window, and of the host store's; None: as they come
+    key_bits, value_bits = cast("int | None", None), cast("int | None", None)
     critical_cost = 1.0  # bytes of such a token over those of a plain one; set and lost as the next
     marginal_cost = 0.5  # bytes of a marginal entry over a critical one's; set by `fitted`, lost by `replace`
     compensation = "none"
@@ -147,17 +148,27 @@ class Policy(ABC):
     def tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
         """Sizes of one layer for `seen` committed tokens; sinks and window are kept even if the budget is smaller."""
         plain = self.plain_tiers(seen, index, num_layers)
-        if self.critical_bits is None:
+        if not self.packs:
             return plain
         window = min(self.window_size, seen)
-        rest = plain.critical - window - self.num_sink_tokens / 2  # the sinks' keys are there twice
+        rest = plain.critical - window - self.doubled
         critical = window + max(int(rest / self.critical_cost), self.num_sink_tokens)
         return TierSizes(min(seen, critical), plain.marginal)
 
     def num_slots(self, seen: int, index: int, num_layers: int) -> int:
         """Tokens of the budget whose K and V lie in the layer's buffer as they come."""
         critical = self.plain_tiers(seen, index, num_layers).critical
-        return critical if self.critical_bits is None else min(self.window_size, critical)
+        return min(self.window_size, critical) if self.packs else critical
+
+    @property
+    def packs(self) -> bool:
+        """Whether critical tokens outside of the window are held in fewer bits."""
+        return self.key_bits is not None or self.value_bits is not None
+
+    @property
+    def doubled(self) -> float:
+        """Plain tokens whose bytes the sinks' keys take, which stay as they are beside the packed ones."""
+        return self.num_sink_tokens / 2 if self.key_bits is not None else 0.0
 
     def plain_tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
         """Sizes if critical tokens are held as they come."""
@@ -176,9 +187,7 @@ class Policy(ABC):
         """For a cache of heads of so many numbers of so many bytes each: what a marginal entry costs there."""
         own = copy.copy(self)
         own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
-        own.critical_cost = (
-            1.0 if self.critical_bits is None else 2 * entry_cost(head_dim, itemsize, self.critical_bits)
-        )
+        own.critical_cost = sum(entry_cost(head_dim, itemsize, bits) for bits in (self.key_bits, self.value_bits))
         return own
 
     def due(self, seen: int) -> bool:

@@ -46,7 +46,8 @@ class Lookahead(DraftPolicy):
     own_share: part of the score that is the target's own attention in its last verify pass (block only).
     tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
     many evicted tokens, as a multiple of the kept, are pooled by the draft's weights (`tail_term.py`; block only).
-    critical_bits: of K and V of critical tokens, but the window's, and of the host store, 4 or 8; None: as they come.
+    key_bits, value_bits: of K and of V of critical tokens, but the window's, and of the host store's, 4 or 8; None: as
+    they come (`packed_layer.py`).
     """
 
     residency: str = "offload"
@@ -58,7 +59,8 @@ class Lookahead(DraftPolicy):
     own_share: float = 0.0
     tail_factor: float = 0.5
     tail_pool: float = 2.0
-    critical_bits: int | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
     every_round = True
 
     def __post_init__(self) -> None:
@@ -73,7 +75,8 @@ class Lookahead(DraftPolicy):
             )
         if not 0 <= self.own_share < 1:  # at 1 nothing would ever be recalled
             raise UserError(f"policy.own_share={self.own_share} is outside [0, 1); give e.g. 0.3, or 0 (off).")
-        self._bits("critical_bits")
+        self._bits("key_bits")
+        self._bits("value_bits")
         for key in ("tail_factor", "tail_pool"):
             if getattr(self, key) < 0:
                 raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")
