@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import masked_softmax, products, scaled, weighted_values
 from .packed_keys import ChannelScale, channel_scale, key_products, pack_keys, unpack_keys
-from .packed_values import Stored, pack, unpack, weighted_sum
+from .packed_values import Stored, pack, pooled, unpack, weighted_sum
 from .slots import select_both, value_sum
 from .tiered_layer import TieredLayer
 
@@ -84,7 +84,11 @@ class PackedLayer(TieredLayer):
         return unpack(select_both(self.store[self._first_of_v :], positions), self.value_bits)
 
     def kept_value_sum(self) -> Tensor:
-        return self._values_of(self.kept).sum(dim=2, dtype=torch.float32)
+        ones = torch.ones(*self.kept_positions.shape[:2], 1, self.num_kept, device=self.k.device)
+        return pooled(ones, self.kept[self._first_of_v :], self.value_bits).squeeze(2)
+
+    def pooled(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return pooled(rows, select_both(self.store[self._first_of_v :], positions), self.value_bits)
 
     def _older(self) -> tuple[Tensor, ...]:
         older = super()._older()

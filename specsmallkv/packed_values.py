@@ -51,12 +51,18 @@ def weighted_sum(weights: Tensor, stored: Stored, bits: int | None) -> Tensor:
     """`backends.weighted_values` of weights (B, H_q, q, m); the scales go to the weights, so codes are a factor."""
     if bits is None:
         return weighted_values(weights, stored[0])
+    total = pooled(fold(weights.float(), stored[0].shape[1]), stored, bits)
+    return total.view(*weights.shape[:3], -1).to(stored[1].dtype)
+
+
+def pooled(rows: Tensor, stored: Stored, bits: int | None) -> Tensor:
+    """Float32 products (B, H_kv, r, D) of rows (B, H_kv, r, m) and values."""
+    if bits is None:
+        return rows @ stored[0].float()
     codes, affine = stored
     scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
-    rows = fold(weights.float(), codes.shape[1])
     scaled, shift = rows * scale, (rows * offset).sum(dim=-1, keepdim=True)
-    total = torch.cat([_product(scaled, part, affine.dtype) for part in levels_of(codes, bits)], dim=-1) + shift
-    return total.view(*weights.shape[:3], -1).to(affine.dtype)
+    return torch.cat([_product(scaled, part, affine.dtype) for part in levels_of(codes, bits)], dim=-1) + shift
 
 
 def _product(rows: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -73,7 +73,7 @@ def _pooled(layers: list[TieredLayer], near: Tensor, weights: Tensor) -> Tensor:
     num_kept, products, kept = layers[0].num_kept, [], []
     on_host = weights.to(layers[0].store[-1].device)
     for layer, positions, own_weights in zip(layers, near.split(1), on_host, strict=True):
-        products.append(own_weights @ layer.stored_values(positions)[0].float())
+        products.append(layer.pooled(own_weights.unsqueeze(0), positions)[0])
         kept.append(layer.kept_value_sum()[0])
     pooled, near_sum = torch.stack(products).to(weights.device).split((weights.shape[2] - 1, 1), dim=2)
     others = torch.cat([layer.older_value_sum for layer in layers]) - torch.stack(kept) - near_sum.squeeze(2)

@@ -213,6 +213,10 @@ class TieredLayer(CacheLayerMixin):
         """V (B, H_kv, m, D) of the host store, at positions (B, H_kv, m), where the store lies."""
         return select(self.store[-1], positions)
 
+    def pooled(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Float32 products (B, H_kv, r, D) of rows (B, H_kv, r, m) and V of the host store, where the store lies."""
+        return rows @ self.stored_values(positions).float()
+
     def kept_value_sum(self) -> Tensor:
         """(B, H_kv, D) float32: sum of V over the kept tokens."""
         return self.v[:, :, : self.num_kept].sum(dim=2, dtype=torch.float32)

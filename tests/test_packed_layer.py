@@ -132,6 +132,8 @@ def test_a_token_is_packed_once_and_comes_back_as_it_went(bits, values, shares_m
         assert torch.equal(layer.keys[:, :, 8:], plain.keys[:, :, 8:]), "the tail is as it came"
         older_k = layer.everything()[0]
         assert torch.equal(older_k.gather(2, kept.unsqueeze(-1).expand(-1, -1, -1, DIM)), once)
+        rows = torch.rand(1, HEADS, 3, 8)
+        torch.testing.assert_close(layer.pooled(rows, kept), rows @ layer.values[:, :, :8])
         torch.testing.assert_close(layer.kept_value_sum(), layer.values[:, :, :8].sum(dim=2))
         torch.testing.assert_close(layer.older_value_sum, plain.older_value_sum)
     assert 0 < layer.recall_bytes < 0.9 * plain.recall_bytes
