@@ -1,4 +1,4 @@
-"""Each compensation alone and both, each part of specsmallkv left out: `+experiment=ablation`, `parts`, `marginal`."""
+"""Compensations and parts of specsmallkv, alone or left out: `+experiment=ablation`, `parts`, `marginal`, `packed`."""
 
 import plotting
 
@@ -21,6 +21,9 @@ LABELS = {  # by the settings that an entry changes
     "group_reduction=mean": "mean over the group",
     "tail_factor=0.8": "tail factor 0.8",
     "tail_pool=4": "tail pool 4",
+    "key_bits=8,value_bits=8": "keys and values in 8 bits",
+    "key_bits=8,value_bits=4": "keys in 8, values in 4 bits",
+    "key_bits=4,value_bits=4": "keys and values in 4 bits",
     "marginal_bits=null": "marginal values as computed",
     "marginal_bits=8,marginal_share=0.2": "8 bits, a fifth of the bytes",
     "marginal_share=0.15": "4 bits, 0.15 of the bytes",
