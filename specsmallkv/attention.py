@@ -225,6 +225,7 @@ def read_tiers(layer: TieredLayer, query: Tensor, scaling: float, mask: Tensor |
     """Attention (B, H_q, q, D) over what is kept, with what marginal or evicted tokens add to it."""
     term = layer.tail_term
     if isinstance(layer, PackedLayer) and layer.kept and query.shape[2] <= FOLD_LIMIT:
+        assert not layer.num_marginal, "packed layers add no marginal values"
         output, on_sinks = layer.attention(query, scaling, mask, term.num_sinks if term else 0)
         return term.add(output, on_sinks) if term else output
     keys, values = layer.keys, layer.values

@@ -32,7 +32,7 @@ class LastQueries:
         """(H_kv, num_slots): mean over those that were not rolled back, of layer `index`."""
         queries = self.queries[index][:, :, : layer.seen - self.start]
         rows = attention_probabilities(queries, layer.keys, scaling).mean(dim=2)
-        return over_groups(rows, layer.keys.shape[1], reduction)[0]
+        return over_groups(rows, layer.k.shape[1], reduction)[0]
 
 
 def blended(

@@ -13,7 +13,7 @@ from .backends import fold, widened
 from .packed_values import Stored, levels_of, pack
 
 SAMPLED = 1024  # tokens that the channels are judged by, spread over those that are there
-NARROWEST = 0.01  # of the head's mean spread: a channel that seemed constant may not stay so
+NARROWEST = 0.01  # of the head's median spread: a channel that seemed constant may not stay so
 
 
 class ChannelScale(NamedTuple):
@@ -25,10 +25,12 @@ class ChannelScale(NamedTuple):
 
 def channel_scale(keys: Tensor) -> ChannelScale:
     """Mean and mean deviation over keys (B, H_kv, n, D); the sinks' odd vectors move these little."""
+    assert keys.shape[2], "channels cannot be judged by no token"
     sample = keys[:, :, :: max(1, keys.shape[2] // SAMPLED)].float()
     centre = sample.mean(dim=2, keepdim=True)
     spread = (sample - centre).abs().mean(dim=2, keepdim=True)
-    least = NARROWEST * spread.mean(dim=-1, keepdim=True)
+    narrowest = max(NARROWEST, sample.shape[2] ** -0.5)  # a few tokens tell a channel's spread badly
+    least = narrowest * spread.median(dim=-1, keepdim=True).values
     return ChannelScale(centre, torch.where(least > 0, spread.maximum(least), 1.0))
 
 

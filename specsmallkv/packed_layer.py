@@ -16,7 +16,7 @@ from torch import Tensor
 from .backends import masked_softmax, products, scaled, weighted_values
 from .packed_keys import ChannelScale, channel_scale, key_products, pack_keys, unpack_keys
 from .packed_values import Stored, pack, pooled, unpack, weighted_sum
-from .slots import select_both, value_sum
+from .slots import select_both
 from .tiered_layer import TieredLayer
 
 
@@ -84,8 +84,13 @@ class PackedLayer(TieredLayer):
         return unpack(select_both(self.store[self._first_of_v :], positions), self.value_bits)
 
     def kept_value_sum(self) -> Tensor:
-        ones = torch.ones(*self.kept_positions.shape[:2], 1, self.num_kept, device=self.k.device)
-        return pooled(ones, self.kept[self._first_of_v :], self.value_bits).squeeze(2)
+        return self._value_sum(self.kept)
+
+    def _value_sum(self, parts: Stored) -> Tensor:
+        """Of what the codes stand for, so that sums of different tokens can be subtracted."""
+        batch, heads, count, _ = parts[0].shape
+        ones = torch.ones(batch, heads, 1, count, device=parts[0].device)
+        return pooled(ones, parts[self._first_of_v :], self.value_bits).squeeze(2)
 
     def pooled(self, rows: Tensor, positions: Tensor) -> Tensor:
         return pooled(rows, select_both(self.store[self._first_of_v :], positions), self.value_bits)
@@ -131,6 +136,9 @@ class PackedLayer(TieredLayer):
     def _flush(self, tail_start: int) -> None:
         """Pack the tail tokens before `tail_start` and copy them into the host store."""
         count = tail_start - self.tail_start
+        if self.store and not count:
+            self.left = tuple(part[:, :, :0] for part in self.kept)
+            return
         k, v = self.k[:, :, :count], self.v[:, :, :count]
         if not self.store and self.key_bits is not None:
             sinks = min(self.num_sink_tokens, count)
@@ -147,7 +155,7 @@ class PackedLayer(TieredLayer):
             self._see_store()
         for part, own in zip(self.store, self.left, strict=True):
             part[:, :, self.tail_start : tail_start] = own.to(self.host)
-        self.older_value_sum += value_sum(v)
+        self.older_value_sum += self._value_sum(self.left)
 
     def _resident(self) -> tuple[Tensor, ...]:
         return tuple(torch.cat(parts, dim=2) for parts in zip(self.kept, self.left, strict=True))
@@ -159,7 +167,8 @@ class PackedLayer(TieredLayer):
 
     @property
     def kept_nbytes(self) -> int:
-        return sum(part.nbytes for part in self.kept) + self.sink_keys.nbytes
+        """With what unpacks them."""
+        return sum(part.nbytes for part in (*self.kept, self.sink_keys, *self.channels))
 
     @property
     def nbytes(self) -> int:

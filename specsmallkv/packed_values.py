@@ -62,15 +62,13 @@ def pooled(rows: Tensor, stored: Stored, bits: int | None) -> Tensor:
     codes, affine = stored
     scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
     scaled, shift = rows * scale, (rows * offset).sum(dim=-1, keepdim=True)
-    return torch.cat([_product(scaled, part, affine.dtype) for part in levels_of(codes, bits)], dim=-1) + shift
+    return torch.cat([_product(scaled, part) for part in levels_of(codes, bits)], dim=-1) + shift
 
 
-def _product(rows: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """On GPUs in bfloat16, if the cache is: its 8 bits hold every level. float16 would lose small weights."""
-    if levels.device.type != "cpu":
-        levels = levels.to(dtype if dtype == torch.bfloat16 else torch.float32)
-    left, right = widened(rows, levels)
-    return (left @ right).float()
+def _product(rows: Tensor, levels: Tensor) -> Tensor:
+    """In float32 on every device: levels are not centred, and the offsets cancel most of the product."""
+    left, right = widened(rows, levels if levels.device.type == "cpu" else levels.float())
+    return left @ right
 
 
 def choose(values: Tensor, stored: Stored, index: Tensor, bits: int | None) -> Stored:

@@ -100,7 +100,7 @@ def while_reading(policy: Policy, num_read: int, num_tokens: int) -> Policy:
     }
     names = {item.name for item in fields(policy)}
     reading = replace(policy, **{key: value for key, value in own.items() if key in names})
-    reading.critical_cost = policy.critical_cost  # `replace` loses it
+    reading.critical_cost, reading.packing_overhead = policy.critical_cost, policy.packing_overhead  # else lost
     return reading
 
 

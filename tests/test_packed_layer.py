@@ -63,6 +63,16 @@ def test_a_channel_that_was_constant_at_first_may_change_later():
     assert unpacked.isfinite().all() and channel_scale(keys[:, :, :1]).spread.eq(1).all()
 
 
+@pytest.mark.parametrize("first", [2, 3, 8])
+def test_a_few_tokens_do_not_spoil_the_scale_of_all_that_follow(first):
+    keys = torch.randn(1, HEADS, 500, 64, generator=torch.Generator().manual_seed(5))
+    errors = []
+    for count in (first, 500):
+        channels = channel_scale(keys[:, :, :count])
+        errors.append((unpack_keys(pack_keys(keys, channels, 8), channels, 8) - keys).square().mean().sqrt())
+    assert errors[0] < 4 * errors[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", BITS)
 def test_products_with_packed_keys_are_those_with_unpacked_ones(bits, dtype):
@@ -135,7 +145,8 @@ def test_a_token_is_packed_once_and_comes_back_as_it_went(bits, values, shares_m
         rows = torch.rand(1, HEADS, 3, 8)
         torch.testing.assert_close(layer.pooled(rows, kept), rows @ layer.values[:, :, :8])
         torch.testing.assert_close(layer.kept_value_sum(), layer.values[:, :, :8].sum(dim=2))
-        torch.testing.assert_close(layer.older_value_sum, plain.older_value_sum)
+        everything = layer.everything()[1][:, :, : layer.tail_start].sum(dim=2)
+        torch.testing.assert_close(layer.older_value_sum, everything)
     assert 0 < layer.recall_bytes < 0.9 * plain.recall_bytes
 
 
@@ -153,10 +164,12 @@ def test_a_cache_from_which_nothing_left_is_not_packed():
 def test_bytes_are_those_that_the_policy_counts_with(bits, dtype):
     layer = packed_layer(bits, dtype)
     policy = load_policy("specsmallkv", num_sink_tokens=2, key_bits=bits[0], value_bits=bits[1])
-    cost, doubled = policy.fitted(DIM, dtype.itemsize).critical_cost, policy.doubled
-    assert layer.nbytes == HEADS * (12 * cost + 4 + doubled) * layer.entry_bytes
+    fitted = policy.fitted(DIM, dtype.itemsize)
+    cost, extra = fitted.critical_cost, fitted.packing_overhead
+    assert extra == (bits[0] is not None) * (2 / 2 + 2 * DIM * 4 / (2 * DIM * dtype.itemsize))
+    assert layer.nbytes == HEADS * (12 * cost + 4 + extra) * layer.entry_bytes
     assert layer.host_nbytes == HEADS * 36 * cost * layer.entry_bytes == HEADS * 36 * layer.stored_bytes
-    assert layer.allocated_nbytes == HEADS * (12 * cost + 8 + doubled) * layer.entry_bytes
+    assert layer.allocated_nbytes == HEADS * (12 * cost + 8 + extra) * layer.entry_bytes
 
 
 def test_a_later_turn_finds_room():

@@ -334,6 +334,12 @@ def test_impossible_settings_are_refused_with_their_value(name, field, value):
         load_policy(name, **{field: value})
 
 
+def test_heads_of_odd_length_are_not_packed_in_pairs():
+    with pytest.raises(UserError, match="heads have 7; use 8 bits"):
+        load_policy("specsmallkv", value_bits=4).fitted(7, 2)
+    load_policy("specsmallkv", value_bits=8).fitted(7, 2)
+
+
 def test_full_takes_any_budget_of_a_sweep_and_keeps_everything():
     assert load_policy("full", kv_budget=0.1).kv_budget == 1.0
 

@@ -66,7 +66,8 @@ class Policy(ABC):
     marginal_bits = cast("int | None", None)  # of the marginal values; None: as the cache holds them
     # of K and of V of critical tokens outside of the window, and of the host store's; None: as they come
     key_bits, value_bits = cast("int | None", None), cast("int | None", None)
-    critical_cost = 1.0  # bytes of such a token over those of a plain one; set and lost as the next
+    critical_cost = 1.0  # bytes of such a token over those of a plain one; set and lost as the next but one
+    packing_overhead = 0.0  # plain tokens whose bytes go to the sinks' keys, kept as they are, and to channels' scales
     marginal_cost = 0.5  # bytes of a marginal entry over a critical one's; set by `fitted`, lost by `replace`
     compensation = "none"
     own_share = 0.0  # part of the score that is the target's own attention
@@ -151,7 +152,7 @@ class Policy(ABC):
         if not self.packs:
             return plain
         window = min(self.window_size, seen)
-        rest = plain.critical - window - self.doubled
+        rest = plain.critical - window - self.packing_overhead
         critical = window + max(int(rest / self.critical_cost), self.num_sink_tokens)
         return TierSizes(min(seen, critical), plain.marginal)
 
@@ -164,11 +165,6 @@ class Policy(ABC):
     def packs(self) -> bool:
         """Whether critical tokens outside of the window are held in fewer bits."""
         return self.key_bits is not None or self.value_bits is not None
-
-    @property
-    def doubled(self) -> float:
-        """Plain tokens whose bytes the sinks' keys take, which stay as they are beside the packed ones."""
-        return self.num_sink_tokens / 2 if self.key_bits is not None else 0.0
 
     def plain_tiers(self, seen: int, index: int = 0, num_layers: int = 1) -> TierSizes:
         """Sizes if critical tokens are held as they come."""
@@ -184,8 +180,15 @@ class Policy(ABC):
         return TierSizes(critical, marginal)
 
     def fitted(self, head_dim: int, itemsize: int) -> "Policy":
-        """For a cache of heads of so many numbers of so many bytes each: what a marginal entry costs there."""
-        own = copy.copy(self)
+        """For a cache of heads of so many numbers of so many bytes each: what packed and marginal entries cost there.
+
+        Raises UserError if heads cannot be packed.
+        """
+        own, packed = copy.copy(self), (self.key_bits, self.value_bits, self.marginal_bits)
+        if 4 in packed and head_dim % 2:
+            raise UserError(f"{self.name} packs numbers in pairs, but heads have {head_dim}; use 8 bits, or null.")
+        if self.key_bits is not None:
+            own.packing_overhead = self.num_sink_tokens / 2 + 4 / itemsize
         own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
         own.critical_cost = sum(entry_cost(head_dim, itemsize, bits) for bits in (self.key_bits, self.value_bits))
         return own

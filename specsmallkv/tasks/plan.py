@@ -122,7 +122,7 @@ class Plan:
                 chosen = critical - min(self.policy.window_size, critical)
                 critical = min(event, critical + self.num_draft_tokens * chosen)
             window, cost = min(self.policy.window_size, critical), self.policy.critical_cost
-            packed = (critical - window) * cost + self.policy.doubled
+            packed = (critical - window) * cost + self.policy.packing_overhead
             units += window + packed + sizes.marginal * self.policy.marginal_cost + seen - event
         return int(units * entry_bytes(config, self.dtype))
 
