@@ -57,8 +57,7 @@ class PackedLayer(TieredLayer):
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
         """K and V of the tail."""
-        count = self.seen - self.tail_start
-        return self.k[:, :, :count], self.v[:, :, :count]
+        return self.k[:, :, : self._used], self.v[:, :, : self._used]
 
     @property
     def keys(self) -> Tensor:

@@ -1,7 +1,8 @@
-"""Values of marginal tokens in fewer bits, so that the same bytes hold more of them.
+"""Values in fewer bits, of marginal tokens or of critical ones, so that the same bytes hold more of them.
 
 Each KV head's vector of a token has a scale and an offset of its own, in the cache's type (per-token quantisation of V
-as in KIVI, arXiv 2402.02750). A marginal token's weight is small, and so is the rounding's part in the output.
+as in KIVI, arXiv 2402.02750). A marginal token's weight is small, and so is the rounding's part in the output; over
+many critical tokens it averages out.
 """
 
 import torch

@@ -7,6 +7,7 @@ never sees all keys at once, so its head map is a saved one. The budget is the w
 nothing goes before it is full. While the prompt is read all of it is spent on tokens with K and V.
 """
 
+from copy import copy
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,9 @@ def while_reading(policy: Policy, num_read: int, num_tokens: int) -> Policy:
         "selection": "block",
     }
     names = {item.name for item in fields(policy)}
-    reading = replace(policy, **{key: value for key, value in own.items() if key in names})
-    reading.critical_cost, reading.packing_overhead = policy.critical_cost, policy.packing_overhead  # else lost
+    reading = copy(policy)  # `replace` would lose what it is fitted to
+    for key in own.keys() & names:
+        setattr(reading, key, own[key])
     return reading
 
 

@@ -122,8 +122,7 @@ class TieredLayer(CacheLayerMixin):
         """Append to the tail; returns this layer twice, as the opaque handle that the attention function unpacks."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self._tail_slot + self.seen - self.tail_start
-        end = start + key_states.shape[2]
+        start, end = self._used, self._used + key_states.shape[2]
         assert end <= self.k.shape[2], f"{end} slots needed, {self.k.shape[2]} allocated"
         self.k[:, :, start:end], self.v[:, :, start:end] = key_states, value_states
         self.seen += key_states.shape[2]
@@ -177,6 +176,11 @@ class TieredLayer(CacheLayerMixin):
         return num_kept
 
     @property
+    def _used(self) -> int:
+        """Slots of the buffer in use."""
+        return self._tail_slot + self.seen - self.tail_start
+
+    @property
     def keys(self) -> Tensor:
         return self.k[:, :, : self.num_slots]
 
@@ -202,7 +206,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.store:
             return self.keys, self.values
         older_k, older_v = self._older()
-        tail = slice(self._tail_slot, self._tail_slot + self.seen - self.tail_start)
+        tail = slice(self._tail_slot, self._used)
         return torch.cat((older_k, self.k[:, :, tail]), dim=2), torch.cat((older_v, self.v[:, :, tail]), dim=2)
 
     def _older(self) -> tuple[Tensor, ...]:
@@ -261,8 +265,7 @@ class TieredLayer(CacheLayerMixin):
         room: tokens that will be appended before the next call. found: what `look_up` says of the critical tokens.
         """
         kept, buffer = self._tail_behind(critical.shape[2]), self.k
-        old = self._tail_slot
-        tail = slice(old + tail_start - self.tail_start, old + self.seen - self.tail_start)
+        tail = slice(self._tail_slot + tail_start - self.tail_start, self._used)
         tail_k, tail_v = self.k[:, :, tail], self.v[:, :, tail]
         if kept != tail.start:  # else they stay where they are
             tail_k, tail_v = tail_k.clone(), tail_v.clone()
@@ -376,8 +379,7 @@ class TieredLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         slots = self.resident_capacity if shrunk and self.resident_capacity else self.capacity
-        used = self._tail_slot + self.seen - self.tail_start
-        self.k, self.v = (enlarged(x, slots, used) for x in (self.k, self.v))
+        self.k, self.v = (enlarged(x, slots, self._used) for x in (self.k, self.v))
         self.store = tuple(enlarged(part, self.capacity, self.tail_start) for part in self.store)
 
     # --- bytes, counted from the tensors ------------------------------------------------------------------------
