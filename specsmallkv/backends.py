@@ -61,8 +61,8 @@ def products(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def scaled(products: Tensor, scaling: float) -> Tensor:
-    """Scores of products: scaled and capped."""
-    scores = products * scaling
+    """Scores of products, which it may change: scaled and capped."""
+    scores = products.mul_(scaling)
     softcap = softcap_of(scaling)
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 

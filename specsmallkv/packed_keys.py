@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import fold, widened
-from .packed_values import Stored, levels_of, pack
+from .packed_values import Stored, levels_of, pack, per_column
 
 SAMPLED = 1024  # tokens that the channels are judged by, spread over those that are there
 NARROWEST = 0.01  # of the head's median spread: a channel that seemed constant may not stay so
@@ -50,7 +50,7 @@ def unpack_keys(stored: Stored, channels: ChannelScale, bits: int) -> Tensor:
 def key_products(query: Tensor, stored: Stored, channels: ChannelScale, bits: int) -> Tensor:
     """Float32 products (B, H_kv, group * q, m) of query (B, H_q, q, D) with packed keys; only their codes are read."""
     codes, affine = stored
-    scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
+    scale, offset = per_column(affine)
     rows = fold(query.float(), codes.shape[1])
     scaled = rows * channels.spread
     parts = levels_of(codes, bits)

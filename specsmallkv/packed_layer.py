@@ -128,7 +128,11 @@ class PackedLayer(TieredLayer):
         if self.key_bits is None:
             return products(query, self.kept[0])
         on_kept = key_products(query, self.kept[:2], self.channels, self.key_bits)
-        return with_sinks(on_kept, products(query, self.sink_keys), self.kept_positions.unsqueeze(2), 3)
+        # Positions ascend: sinks come first, unless the first one is repeated.
+        reach = slice(self.sink_keys.shape[2] if self.row_mask is None else None)
+        on_sinks = products(query, self.sink_keys)
+        on_kept[..., reach] = with_sinks(on_kept[..., reach], on_sinks, self.kept_positions[:, :, None, reach], 3)
+        return on_kept
 
     # --- one round ---------------------------------------------------------------------------------------------
 

@@ -61,9 +61,15 @@ def pooled(rows: Tensor, stored: Stored, bits: int | None) -> Tensor:
     if bits is None:
         return rows @ stored[0].float()
     codes, affine = stored
-    scale, offset = affine.float().transpose(2, 3).split(1, dim=2)  # (B, H_kv, 1, m)
-    scaled, shift = rows * scale, (rows * offset).sum(dim=-1, keepdim=True)
-    return torch.cat([_product(scaled, part) for part in levels_of(codes, bits)], dim=-1) + shift
+    scale, offset = per_column(affine)
+    weighted = rows * scale
+    total = torch.cat([_product(weighted, part) for part in levels_of(codes, bits)], dim=-1)
+    return total.add_(rows @ offset.transpose(2, 3))
+
+
+def per_column(affine: Tensor) -> tuple[Tensor, ...]:
+    """Scales and offsets (B, H_kv, 1, m) float32 of (B, H_kv, m, 2): each contiguous, or a pass over them is slow."""
+    return affine.float().transpose(2, 3).contiguous().split(1, dim=2)
 
 
 def _product(rows: Tensor, levels: Tensor) -> Tensor:

@@ -109,8 +109,9 @@ def test_keys_of_sinks_are_exact_wherever_a_padded_set_has_them(bits):
     layer.retain(padded, NONE, 36, row_mask=torch.ones(1, HEADS, 4, 4, dtype=torch.bool))
     assert torch.equal(layer.keys[0, 1, :4], exact[0, 1, [0, 0, 0, 1]])
     query, mask = torch.randn(1, HEADS, 4, DIM), torch.ones(1, HEADS, 4, 8, dtype=torch.bool)
-    expected, _ = attention_with_sinks(query, layer.keys, layer.values, 1.0, mask, 2)
-    torch.testing.assert_close(read_tiers(layer, query, 1.0, mask, "sdpa"), expected, atol=1e-4, rtol=1e-4)
+    scaling = 0.02  # so that a sink's weight is neither 0 nor 1
+    expected, _ = attention_with_sinks(query, layer.keys, layer.values, scaling, mask, 2)
+    torch.testing.assert_close(read_tiers(layer, query, scaling, mask, "sdpa"), expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(packed_layer(bits, sinks=0).keys[:, :, :2], exact) is (bits[0] is None)
 
 
