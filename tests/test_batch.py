@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, policy_of
 
 from specsmallkv import SpecSmallKV, UserError
 from specsmallkv.batch import BatchDecoder, Job
@@ -94,9 +94,9 @@ def test_rows_with_one_and_with_two_pending_tokens_share_a_pass_of_the_draft(tar
     assert {1, 2} in sizes and {2} in sizes and {1} in sizes
 
 
-@pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv"])
+@pytest.mark.parametrize("name", ["full", "smallkv", "specsmallkv", "specsmallkv in 4 bits"])
 def test_a_sampled_row_depends_on_its_own_seed_alone(target, draft, name):
-    policy = load_policy(name, **SETTINGS | ({"kv_budget": 1.0} if name == "full" else {}))
+    policy = policy_of(name, **SETTINGS | ({"kv_budget": 1.0} if name == "full" else {}))
     jobs = [replace(JOBS[0], seed=1), replace(JOBS[0], seed=2), JOBS[2], replace(JOBS[0], seed=1)]
     rounds, rows, _, _ = assert_independent(target, draft, policy, 3, jobs, Sampler(0.9, top_k=20))
     tokens = [row.sequence.tokens for row in rows]

@@ -36,10 +36,10 @@ def greedy(target, prompt):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("num_draft_tokens", [0, 4])
-@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
+@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv", "specsmallkv in 4 bits"])
 def test_budget_one_equals_transformers_generate(target, draft, prompt, greedy, name, num_draft_tokens):
     """Invariant 1."""
-    tokens, _ = decode(target, draft, load_policy(name, kv_budget=1.0), num_draft_tokens, prompt)
+    tokens, _ = decode(target, draft, policy_of(name, kv_budget=1.0), num_draft_tokens, prompt)
     assert tokens == greedy and len(set(tokens)) > 5
 
 
@@ -249,12 +249,12 @@ def test_rollback_is_exact_in_full_if_each_query_has_its_own_set(target, draft, 
     assert torch.equal(one.head_map.weights, two.head_map.weights)
 
 
-@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
+@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv", "specsmallkv in 4 bits"])
 def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, draft, prompt, name):
     """Invariant 4: after a verify pass whose drafts are all wrong, contents and sums equal those of plain decoding."""
     options = {"marginal_bits": None} if name == "smallkv" else {}  # else a step of the codes may lie between both
-    policy = load_policy(name) if name == "full" else load_policy(name, kv_budget=0.4, evict_block=16, **options)
-    states = []
+    policy = load_policy(name) if name == "full" else policy_of(name, kv_budget=0.4, evict_block=16, **options)
+    lookahead, states = name.startswith("specsmallkv"), []
     for wrong in (0, 3):
         decoder = Decoder(target, draft, policy, wrong)
         with torch.inference_mode():
@@ -267,10 +267,10 @@ def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, dr
     plain, rolled = states
     assert plain.target.seen == rolled.target.seen == len(prompt) + 4
     for a, b in zip(plain.target.layers, rolled.target.layers, strict=True):
-        if name == "specsmallkv" and a is not plain.target.layers[0]:
+        if lookahead and a is not plain.target.layers[0]:
             continue  # the set it reads follows the rejected drafts' rows too; keys of the first layer do not
         assert a.tail_start == b.tail_start
-        tail = a.seen - a.tail_start if name == "specsmallkv" else a.num_slots
+        tail = a.seen - a.tail_start if lookahead else a.num_slots
         assert torch.equal(a.positions[..., -tail:], b.positions[..., -tail:])
         torch.testing.assert_close(a.keys[:, :, -tail:], b.keys[:, :, -tail:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a.values[:, :, -tail:], b.values[:, :, -tail:], atol=1e-4, rtol=1e-4)
@@ -278,7 +278,7 @@ def test_rollback_leaves_both_caches_as_if_rejected_tokens_never_were(target, dr
     if name == "h2o":
         for index, sums in plain.evidence.mass.sums.items():
             torch.testing.assert_close(sums[..., :154], rolled.evidence.mass.sums[index][..., :154])
-    if name in ("smallkv", "specsmallkv"):
+    if lookahead or name == "smallkv":
         assert plain.draft.seen == rolled.draft.seen
         one, two = plain.evidence.oracle, rolled.evidence.oracle
         torch.testing.assert_close(one._sum[:, :150], two._sum[:, :150], atol=1e-5, rtol=1e-5)

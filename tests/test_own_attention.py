@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_task
+from conftest import policy_of, run_task
 
 from specsmallkv import drafting, load_policy
 from specsmallkv.backends import attention_probabilities
@@ -54,16 +54,17 @@ def test_a_pass_of_which_nothing_is_left_decides_nothing(layer):
         assert torch.equal(blended(predicted, none, [layer], 0.25, SCALING, "max"), predicted)
 
 
-def new_a_round(target, draft, prompt, share):
+def new_a_round(target, draft, prompt, share, name="specsmallkv"):
     """Share of new entries, a mean over all rounds but the first, whose set is all new."""
-    decoder = Decoder(target, draft, load_policy("specsmallkv", kv_budget=0.25, own_share=share), 3)
+    decoder = Decoder(target, draft, policy_of(name, kv_budget=0.25, own_share=share), 3)
     *_, (_, sequence) = decoder.generate(prompt, 24)
     new = sequence.counters.new_entries[1:]
     return sum(new) / len(new)
 
 
-def test_a_larger_share_recalls_less(target, draft, prompt, drafts_are_believed):
-    new = [new_a_round(target, draft, prompt, share) for share in (0.0, 0.5, 0.9)]
+@pytest.mark.parametrize("name", ["specsmallkv", "specsmallkv in 8 bits"])
+def test_a_larger_share_recalls_less(target, draft, prompt, drafts_are_believed, name):
+    new = [new_a_round(target, draft, prompt, share, name) for share in (0.0, 0.5, 0.9)]
     assert new[0] > new[1] > new[2]
 
 

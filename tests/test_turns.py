@@ -140,11 +140,11 @@ def test_a_hidden_question_reaches_recalled_tokens_under_specsmallkv_alone(targe
 # Branches
 
 
-@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv"])
+@pytest.mark.parametrize("name", ["full", *STATIC, "specsmallkv", "specsmallkv in 4 bits"])
 @torch.inference_mode()
 def test_a_branch_of_a_shared_prefill_equals_a_sequence_of_its_own(target, draft, prompt, name):
     base_decoder = Decoder(target, draft, load_policy("specsmallkv", **SETTINGS), 3)
-    policy = load_policy(name) if name == "full" else load_policy(name, **SETTINGS)
+    policy = load_policy(name) if name == "full" else policy_of(name, **SETTINGS)
     base = base_decoder.start(prompt[:100], 50 + NEW)
     base.evidence.mass = AttentionMass(base.target.layers[0].capacity)
     base_decoder.prefill(base)

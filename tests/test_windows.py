@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_task
+from conftest import policy_of, run_task
 
 from specsmallkv import SpecSmallKV, UserError, random_model
 from specsmallkv.attention_form import Scaling, layer_windows
@@ -90,9 +90,9 @@ def test_speculation_changes_no_token_beside_windows(gemma, gemma_draft, text, n
             assert layer.num_kept == 0 and window <= layer.num_slots + 4 and layer.num_slots < window + 2 * 20
 
 
-@pytest.mark.parametrize("name", ["snapkv", "specsmallkv", "oracle"])
+@pytest.mark.parametrize("name", ["snapkv", "specsmallkv", "specsmallkv in 4 bits", "oracle"])
 def test_what_a_window_layer_drops_no_query_could_have_read(gemma, gemma_draft, text, name, monkeypatch):
-    policy = load_policy(name, kv_budget=0.3, evict_block=16, window_size=8)
+    policy = policy_of(name, kv_budget=0.3, evict_block=16, window_size=8)
     tokens, sequence = decode(gemma, gemma_draft, policy, 3, text)
     monkeypatch.setattr(TieredLayer, "slide", lambda self, room: None)
     kept, everything = decode(gemma, gemma_draft, policy, 3, text)
