@@ -17,7 +17,7 @@ NARROWEST = 0.01  # of the head's median spread: a channel that seemed constant 
 
 
 class ChannelScale(NamedTuple):
-    """Centre and spread of each channel, (B, H_kv, 1, D) float32."""
+    """Centre and spread of each channel, (B, H_kv, 1, D), in the cache's type."""
 
     centre: Tensor
     spread: Tensor
@@ -31,7 +31,8 @@ def channel_scale(keys: Tensor) -> ChannelScale:
     spread = (sample - centre).abs().mean(dim=2, keepdim=True)
     narrowest = max(NARROWEST, sample.shape[2] ** -0.5)  # a few tokens tell a channel's spread badly
     least = narrowest * spread.median(dim=-1, keepdim=True).values
-    return ChannelScale(centre, torch.where(least > 0, spread.maximum(least), 1.0))
+    spread = torch.where(least > 0, spread.maximum(least), 1.0)
+    return ChannelScale(centre.to(keys.dtype), spread.to(keys.dtype))
 
 
 def pack_keys(keys: Tensor, channels: ChannelScale, bits: int) -> Stored:
@@ -44,7 +45,7 @@ def unpack_keys(stored: Stored, channels: ChannelScale, bits: int) -> Tensor:
     codes, affine = stored
     scale, offset = affine.float().split(1, dim=-1)
     normal = torch.cat(levels_of(codes, bits), dim=-1) * scale + offset
-    return torch.addcmul(channels.centre, normal, channels.spread).to(affine.dtype)
+    return torch.addcmul(channels.centre.float(), normal, channels.spread.float()).to(affine.dtype)
 
 
 def key_products(query: Tensor, stored: Stored, channels: ChannelScale, bits: int) -> Tensor:
@@ -57,7 +58,7 @@ def key_products(query: Tensor, stored: Stored, channels: ChannelScale, bits: in
     products, *others = map(_products, scaled.chunk(len(parts), dim=-1), parts)
     for other in others:
         products.add_(other)
-    constant = rows @ channels.centre.transpose(2, 3)
+    constant = rows @ channels.centre.float().transpose(2, 3)
     return products.mul_(scale).addcmul_(scaled.sum(dim=-1, keepdim=True), offset).add_(constant)
 
 

@@ -5,7 +5,9 @@
     sink keys       as they come: they are unlike all others, and scores are most sensitive to them
     host store      codes of every token older than the tail
 
-A token is packed once, when it leaves the tail; recall moves codes. A prompt that nothing leaves is never packed.
+A token is packed when it leaves the tail; recall moves codes. A prompt that nothing leaves is never packed. Channels
+of keys are judged by all that have left; until those are SETTLED tokens, the host store has them as they came, too,
+and each time more leave, they are judged and packed anew: a short first turn must not set the scale of a long chat.
 """
 
 from typing import Any
@@ -18,6 +20,8 @@ from .packed_keys import ChannelScale, channel_scale, key_products, pack_keys, u
 from .packed_values import Stored, pack, pooled, unpack, weighted_sum
 from .slots import select_both
 from .tiered_layer import TieredLayer
+
+SETTLED = 256  # tokens; channels judged by 100 cost keys half as much again as their rounding by 900, by 30 four times
 
 
 def with_sinks(kept: Tensor, sinks: Tensor, positions: Tensor, dim: int) -> Tensor:
@@ -47,7 +51,8 @@ class PackedLayer(TieredLayer):
         self.kept: Stored = ()  # codes and affine of K, then of V, of the kept tokens
         self.left: Stored = ()  # of those that have just left the tail
         self.sink_keys = torch.empty(0, 0, 0, 0)  # (B, H_kv, num_sink_tokens, D)
-        self.channels = ChannelScale(self.sink_keys, self.sink_keys)  # of the keys packed first
+        self.channels = ChannelScale(self.sink_keys, self.sink_keys)
+        self.early: Tensor | None = None  # on the host, keys (B, H_kv, n, D) that are packed anew when more come
 
     # --- contents ----------------------------------------------------------------------------------------------
 
@@ -143,12 +148,7 @@ class PackedLayer(TieredLayer):
             self.left = tuple(part[:, :, :0] for part in self.kept)
             return
         k, v = self.k[:, :, :count], self.v[:, :, :count]
-        if not self.store and self.key_bits is not None:
-            sinks = min(self.num_sink_tokens, count)
-            self.sink_keys = k[:, :, :sinks].clone()
-            self.channels = channel_scale(k[:, :, sinks:] if count > sinks else k)
-        packed_k = (k,) if self.key_bits is None else pack_keys(k, self.channels, self.key_bits)
-        self.left = *packed_k, *pack(v, self.value_bits)
+        self.left = *self._pack_keys(k), *pack(v, self.value_bits)
         if not self.store:
             self.kept = tuple(part[:, :, :0] for part in self.left)
             self.store = tuple(
@@ -159,6 +159,29 @@ class PackedLayer(TieredLayer):
         for part, own in zip(self.store, self.left, strict=True):
             part[:, :, self.tail_start : tail_start] = own.to(self.host)
         self.older_value_sum += self._value_sum(self.left)
+
+    def _pack_keys(self, keys: Tensor) -> Stored:
+        """Of the tokens that leave the tail next."""
+        if self.key_bits is None:
+            return (keys,)
+        if self.tail_start < SETTLED:
+            self._judge(keys, self.key_bits)
+        return pack_keys(keys, self.channels, self.key_bits)
+
+    def _judge(self, keys: Tensor, bits: int) -> None:
+        """Set the channels' scale by all that have left the tail and by `keys`; what is stored is packed anew."""
+        early = keys[:, :, :0] if self.early is None else self.early.to(keys.device)
+        seen = torch.cat((early, keys), dim=2)
+        sinks = min(self.num_sink_tokens, seen.shape[2])
+        self.sink_keys = seen[:, :, :sinks].clone()
+        self.channels = channel_scale(seen[:, :, sinks:] if seen.shape[2] > sinks else seen)
+        self.early = seen.to(self.host) if seen.shape[2] < SETTLED else None
+        if self.store:
+            packed = pack_keys(early, self.channels, bits)
+            self.kept = *select_both(packed, self.kept_positions), *self.kept[2:]
+            for part, own in zip(self.store, packed, strict=False):
+                part[:, :, : self.tail_start] = own.to(self.host)
+            self.sent = None  # what is on its way has the former scale
 
     def _resident(self) -> tuple[Tensor, ...]:
         return tuple(torch.cat(parts, dim=2) for parts in zip(self.kept, self.left, strict=True))
@@ -180,3 +203,7 @@ class PackedLayer(TieredLayer):
     @property
     def allocated_nbytes(self) -> int:
         return super().allocated_nbytes + self.kept_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        return super().host_nbytes + (0 if self.early is None else self.early.nbytes)

@@ -239,13 +239,17 @@ class TieredLayer(CacheLayerMixin):
         if self.row_mask is not None:
             self.row_mask = self.row_mask[:, :, :count]
 
+    def num_resident(self, tail_start: int) -> int:
+        """Tokens before `tail_start` with K and V on the device."""
+        return self.num_kept + tail_start - self.tail_start
+
     def candidates(self, tail_start: int) -> Candidates:
         """What may be kept of the tokens before `tail_start`: with a host store all, else what is still here."""
         device = self.kept_positions.device
         if self.residency == "offload":
             everything = torch.arange(tail_start, device=device)
             return Candidates(everything.expand(*self.kept_positions.shape[:2], -1), tail_start)
-        with_keys = self.positions[:, :, : self.num_kept + tail_start - self.tail_start]
+        with_keys = self.positions[:, :, : self.num_resident(tail_start)]
         return Candidates(torch.cat((with_keys, self.marginal_positions), dim=2), with_keys.shape[2])
 
     def retain(

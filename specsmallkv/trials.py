@@ -269,6 +269,8 @@ def open_trial(base: Base, policy: Policy, budget: float | None = None) -> Trial
     """A trial with its own copy of the prompt's cache, while the draft's stands at the end of the prompt."""
     decoder = base.spec.decoder(policy=policy)
     sequence = decoder.branch(base.sequence)
+    for layer in sequence.target.layers:
+        layer.recall_bytes = 0  # a prompt read within the budget has recalled already
     if sequence.evidence.oracle is not None and base.sequence.evidence.oracle is not None:
         sequence.evidence.oracle.block = base.sequence.evidence.oracle.block  # the base drafts for all
     return Trial(policy, policy.kv_budget if budget is None else budget, decoder, sequence)

@@ -92,6 +92,17 @@ def test_a_draft_that_predicts_nothing_changes_nothing_that_snapkv_does(
             assert torch.equal(ours.positions, theirs.positions)
 
 
+def test_packed_tokens_that_a_useless_draft_let_go_do_not_come_back(target, draft, prompt, monkeypatch):
+    """Though a budget of 0.4 in 4 bits gains more tokens than come."""
+    monkeypatch.setattr("specsmallkv.oracle.TRUSTED_SIMILARITY", 2.0)
+    policy = policy_of("specsmallkv in 4 bits", kv_budget=0.4, window_size=8)
+    own = policy.fitted(8, 4)
+    assert own.tiers(160).critical - own.tiers(len(prompt)).critical > 160 - len(prompt)
+    *_, (_, sequence) = Decoder(target, draft, policy, 3).generate(prompt, 60)
+    layer = sequence.target.layers[0]
+    assert layer.num_kept and layer.num_slots < layer.seen and not sequence.target.recall_bytes
+
+
 @pytest.mark.parametrize("name", ["smallkv", "specsmallkv"])
 def test_a_short_prompt_with_a_draft_that_predicts_nothing_still_decodes(target, draft, prompt, name, monkeypatch):
     monkeypatch.setattr("specsmallkv.oracle.TRUSTED_SIMILARITY", 2.0)
@@ -120,7 +131,9 @@ QUERY = {"selection": "query", "evict_block": 16, "window_size": 8}
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("seed, budget, bits", [(1, 0.2, None), (2, 0.35, None), (3, 0.5, None), (1, 0.2, 8)])
+@pytest.mark.parametrize(
+    "seed, budget, bits", [(1, 0.2, None), (2, 0.35, None), (3, 0.5, None), (1, 0.2, 8), (3, 0.35, 4)]
+)
 def test_speculation_changes_no_token_if_each_query_has_its_own_set(seed, budget, bits):
     """Invariant 2, greedy, for specsmallkv with selection=query; another pair and prompt for each seed."""
     target = tiny_model(seed=seed)

@@ -188,7 +188,7 @@ class Policy(ABC):
         if 4 in packed and head_dim % 2:
             raise UserError(f"{self.name} packs numbers in pairs, but heads have {head_dim}; use 8 bits, or null.")
         if self.key_bits is not None:
-            own.packing_overhead = self.num_sink_tokens / 2 + 4 / itemsize
+            own.packing_overhead = self.num_sink_tokens / 2 + 1
         own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
         own.critical_cost = sum(entry_cost(head_dim, itemsize, bits) for bits in (self.key_bits, self.value_bits))
         return own
@@ -196,6 +196,10 @@ class Policy(ABC):
     def due(self, seen: int) -> bool:
         """Whether a cache of `seen` committed tokens has to be planned now: if any layer has, the mean layer has."""
         return self.evicts and self.plain_tiers(seen).critical < seen
+
+    def recalls(self, evidence: Evidence) -> bool:
+        """Whether tokens of a host store may come back."""
+        return True
 
     @abstractmethod
     def score(self, index: int, layer: TieredLayer, candidates: Candidates, evidence: Evidence) -> Tensor:
@@ -213,7 +217,8 @@ class Policy(ABC):
         scores = self.score(index, layer, candidates, evidence)
         scores = scores.masked_fill(candidates.positions < self.num_sink_tokens, torch.inf)
         with_keys = scores[..., : candidates.num_with_keys]
-        count = min(sizes.critical - (committed - tail_start), candidates.num_with_keys)
+        choices = candidates.num_with_keys if self.recalls(evidence) else layer.num_resident(tail_start)
+        count = min(sizes.critical - (committed - tail_start), choices)
         critical = largest(with_keys, count)
         if not sizes.marginal:
             return Plan(critical, critical[..., :0], tail_start)

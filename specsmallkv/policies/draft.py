@@ -58,6 +58,9 @@ class DraftPolicy(Policy):
         scores = scores.masked_fill(candidates.positions > newest, torch.finfo(scores.dtype).max)
         return scores.masked_fill(~slots_of(layer.positions, candidates.positions)[1], -torch.inf)
 
+    def recalls(self, evidence: Evidence) -> bool:
+        return evidence.trusts_draft
+
 
 @dataclass(kw_only=True)
 class SmallKV(DraftPolicy):

@@ -21,6 +21,7 @@ from ..draft_view import is_viewed, view_dtype
 from ..errors import UserError
 from ..linear import choose_linear
 from ..models import DRAFT_KEY, UNTRAINED, refuse_cut, resolve_device, resolve_dtype
+from ..packed_layer import SETTLED
 from ..placement import empty_model
 from ..policies import Policy
 from ..prefill import in_chunks, while_reading
@@ -141,8 +142,10 @@ class Plan:
         """Everything older than the tail, from the first eviction on."""
         if self.policy.residency != "offload" or not self.policy.due(event):
             return 0
-        older = kv_bytes(self.target, event - min(self.policy.window_size, event), self.dtype)
-        return int(older * self.policy.critical_cost)
+        count = event - min(self.policy.window_size, event)
+        older = kv_bytes(self.target, count, self.dtype)
+        early = older // 2 if self.policy.key_bits is not None and count < SETTLED else 0
+        return int(older * self.policy.critical_cost) + early
 
     def _scratch(self, context: int, new_tokens: int) -> tuple[int, int]:
         """Bytes of rows and sums, and the tokens that the target's cache has room for while the prompt is read."""
