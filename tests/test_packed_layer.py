@@ -233,6 +233,16 @@ def test_the_same_bytes_are_nearer_to_the_full_cache(target, prompt):
     assert distances[0] < distances[1]
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_float16_is_packed_as_finely_as_float32(bits):
+    exact, errors = (keys_of(40), keys_of(40, 1)), []
+    for dtype in (torch.float32, torch.float16):
+        unpacked = packed_layer((bits, bits), dtype).everything()
+        pairs = zip(unpacked, exact, strict=True)
+        errors.append([(own.float() - true)[:, :, 2:].square().mean().sqrt() for own, true in pairs])
+    assert all(half < 1.05 * full for full, half in zip(*errors, strict=True))
+
+
 def test_a_budget_that_holds_every_token_packed_keeps_them_all_within_its_bytes(target, draft, prompt):
     policy = load_policy("specsmallkv", key_bits=4, value_bits=4, kv_budget=0.5, evict_block=8)
     for index, (_, sequence) in enumerate(Decoder(target, draft, policy, 3).generate(prompt, 24)):

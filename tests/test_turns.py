@@ -61,11 +61,14 @@ def test_blocks_of_known_tokens_equal_one_by_one_under_static_policies(target, d
             assert one._count == two._count
 
 
+QUERY = {"selection": "query"}, {"selection": "query", "key_bits": 8, "value_bits": 4}
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", STATIC)
-def test_speculation_changes_no_token_after_a_later_turn(target, draft, prompt, name):
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in STATIC), *(("specsmallkv", own) for own in QUERY)])
+def test_speculation_changes_no_token_after_a_later_turn(target, draft, prompt, name, options):
     for first in (5, 100):
-        policy = load_policy(name, **SETTINGS)
+        policy = load_policy(name, **SETTINGS | options)
         plain, _ = decode(target, draft, policy, 0, prompt, compress_after=first)
         speculated, sequence = decode(target, draft, policy, 4, prompt, compress_after=first)
         assert plain == speculated
