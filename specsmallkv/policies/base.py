@@ -4,6 +4,7 @@ So they compare byte for byte. A policy is stateless between sequences: what it 
 """
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -182,7 +183,7 @@ class Policy(ABC):
     def fitted(self, head_dim: int, itemsize: int) -> "Policy":
         """For a cache of heads of so many numbers of so many bytes each: what packed and marginal entries cost there.
 
-        Raises UserError if heads cannot be packed.
+        Raises UserError if heads cannot be packed; warns of a budget that all tokens, packed, do not need.
         """
         own, packed = copy.copy(self), (self.key_bits, self.value_bits, self.marginal_bits)
         if 4 in packed and head_dim % 2:
@@ -191,6 +192,12 @@ class Policy(ABC):
             own.packing_overhead = self.num_sink_tokens / 2 + 1
         own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
         own.critical_cost = sum(entry_cost(head_dim, itemsize, bits) for bits in (self.key_bits, self.value_bits))
+        if own.critical_cost < self.kv_budget < 1:
+            warnings.warn(
+                f"policy.kv_budget={self.kv_budget} is more than all tokens need with policy.key_bits={self.key_bits} "
+                f"and policy.value_bits={self.value_bits}, {own.critical_cost:.2f} of the full cache; use more bits.",
+                stacklevel=2,
+            )
         return own
 
     def due(self, seen: int) -> bool:
