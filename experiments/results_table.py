@@ -13,8 +13,9 @@ from specsmallkv.figures import MEAN
 from specsmallkv.records import Row, collect
 
 RECORDS = Path(__file__).resolve().parent / "records" / "kl_budget_qwen_2k"
-POLICIES = ("pyramidkv", "snapkv", "h2o", "smallkv", "specsmallkv", "oracle")
-OURS, RIVALS = "specsmallkv", ("snapkv", "oracle")
+OURS, PACKED, RIVALS = "specsmallkv", "specsmallkv:key_bits=8,value_bits=4", ("snapkv", "oracle")
+POLICIES = ("pyramidkv", "snapkv", "h2o", "smallkv", OURS, PACKED, "oracle")
+TOLD = {OURS: f"**`{OURS}`**", PACKED: f"`{OURS}`, keys in 8 and values in 4 bits"}
 
 
 def find(rows: list[Row], policy: str, budget: float) -> list[Row]:
@@ -32,11 +33,11 @@ def ratio(rows: list[Row], rival: str) -> str:
 def table(rows: list[Row]) -> list[str]:
     policies = [name for name in POLICIES if any(row["policy"] == name for row in rows)]
     rivals = [name for name in RIVALS if name in policies]
-    heads = [f"**`{name}`**" if name == OURS else f"`{name}`" for name in policies]
+    heads = [TOLD.get(name, f"`{name}`") for name in policies]
     heads += [f"`{OURS}` / `{rival}` [95%], least and largest of the texts" for rival in rivals]
     lines = [f"| `kv_budget` | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for budget in sorted({row["kv_budget"] for row in rows if row["policy"] == OURS}):
-        means = [f"{find(rows, name, budget)[0]['kl_mean']:.3f}" for name in policies]
+        means = [f"{find(rows, name, budget)[0]['kl_mean']:.3g}" for name in policies]
         cells = [f"**{mean}**" if name == OURS else mean for name, mean in zip(policies, means, strict=True)]
         cells += [ratio(find(rows, OURS, budget), rival) for rival in rivals]
         lines.append(f"| {budget:.2f} | {' | '.join(cells)} |")
