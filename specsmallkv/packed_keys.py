@@ -1,7 +1,7 @@
 """Keys in few bits: each channel is centred and scaled first, then each vector has a scale and an offset of its own.
 
 Some channels of a key are tens of times larger than the others, the same ones in all tokens (KIVI, arXiv 2402.02750);
-unscaled, they would take all levels. Their centre and spread are those of the keys that are packed first.
+unscaled, they would take all levels. `packed_layer.py` says by which keys centre and spread are judged.
 """
 
 from typing import NamedTuple

@@ -171,11 +171,11 @@ class PackedLayer(TieredLayer):
     def _judge(self, keys: Tensor, bits: int) -> None:
         """Set the channels' scale by all that have left the tail and by `keys`; what is stored is packed anew."""
         early = keys[:, :, :0] if self.early is None else self.early.to(keys.device)
-        seen = torch.cat((early, keys), dim=2)
+        seen = torch.cat((early, keys), dim=2) if early.shape[2] else keys
         sinks = min(self.num_sink_tokens, seen.shape[2])
         self.sink_keys = seen[:, :, :sinks].clone()
         self.channels = channel_scale(seen[:, :, sinks:] if seen.shape[2] > sinks else seen)
-        self.early = seen.to(self.host) if seen.shape[2] < SETTLED else None
+        self.early = seen.to(self.host, copy=True) if seen.shape[2] < SETTLED else None
         if self.store:
             packed = pack_keys(early, self.channels, bits)
             self.kept = *select_both(packed, self.kept_positions), *self.kept[2:]

@@ -1,4 +1,4 @@
-"""Critical tokens in few bits: near the keys and values, read as if unpacked, packed once, exact in their bytes."""
+"""Critical tokens in few bits: near what they were, read as if unpacked, never rounded twice, exact in their bytes."""
 
 import pytest
 import torch

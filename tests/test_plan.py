@@ -47,6 +47,16 @@ def test_planned_bytes_are_within_five_percent_of_a_run(tmp_path, policy, specul
         assert plan[key] == pytest.approx(run[key], rel=0.05), key
 
 
+def test_planned_host_bytes_of_a_short_prompt_in_few_bits(tmp_path):
+    """Its keys are stored as they came, too."""
+    asked = ["policy.key_bits=8", "policy.value_bits=8", "policy.kv_budget=0.3", "max_new_tokens=10"]
+    run = run_task(*TINY, *asked, f"prompt='{TEXT[:160]}'", f"run_dir={tmp_path}")
+    plan = planned(*asked, context=run["prompt_tokens"])
+    assert (
+        plan["target_kv_host_bytes"] == pytest.approx(run["target_kv_host_bytes"], rel=0.05) and plan["scratch_bytes"]
+    )
+
+
 def test_planned_bytes_of_a_target_with_sliding_windows(tmp_path):
     """Half of its layers are outside of the budget, on both sides; their own bytes are told as at most."""
     model = "model.target='random:gemma2?layers=4&hidden=64&heads=4&kv_heads=2&vocab=320&context=4096&window=64'"

@@ -33,11 +33,13 @@ def saliency_of(wanted, length):
     return torch.zeros(1, HEADS, length).scatter(2, wanted, 1.0)
 
 
-@pytest.mark.parametrize(
-    "kind, entry", [(TieredLayer, ENTRY), (partial(PackedLayer, key_bits=8, value_bits=8), 2 * (DIM + 8))]
-)
+PACKED = partial(PackedLayer, key_bits=8, value_bits=8)
+
+
+@pytest.mark.parametrize("kind, entry", [(TieredLayer, ENTRY), (PACKED, 2 * (DIM + 8))])
 @pytest.mark.parametrize("rotated", [0, 3, 11])
-def test_a_set_is_the_same_whether_it_was_sent_ahead_in_whole_in_part_or_wrongly(rotated, kind, entry):
+def test_a_set_is_the_same_whether_it_was_sent_ahead_in_whole_in_part_or_wrongly(rotated, kind, entry, monkeypatch):
+    monkeypatch.setattr("specsmallkv.packed_layer.SETTLED", 1)  # what is on its way stays as it was packed
     (plain, ahead), wanted = two_layers(kind)
     recall_ahead([ahead], saliency_of((wanted + rotated) % (ahead.seen - 4), ahead.seen))
     sent, before = ahead.sent_nbytes, plain.recall_bytes
@@ -49,6 +51,16 @@ def test_a_set_is_the_same_whether_it_was_sent_ahead_in_whole_in_part_or_wrongly
     late = ahead.recall_bytes - before - sent
     assert 0 <= late <= plain.num_new * entry, "what was sent ahead counts as moved, wanted or not"
     assert (late < plain.num_new * entry) or rotated, "and what came with it does not move again"
+
+
+def test_what_left_the_store_before_it_was_packed_anew_is_not_taken():
+    (plain, ahead), wanted = two_layers(PACKED)
+    recall_ahead([ahead], saliency_of(wanted, ahead.seen))
+    gathered = ahead.sent()  # as on a GPU, where it leaves at once
+    ahead.sent = lambda: gathered
+    for layer in (plain, ahead):
+        layer.retain(wanted, choose(9, 0, 0), layer.seen - 4)
+    assert torch.equal(plain.keys, ahead.keys) and torch.equal(plain.values, ahead.values)
 
 
 def test_the_best_of_the_evicted_are_sent_and_nothing_that_is_resident():

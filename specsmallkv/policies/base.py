@@ -196,7 +196,7 @@ class Policy(ABC):
             warnings.warn(
                 f"policy.kv_budget={self.kv_budget} is more than all tokens need with policy.key_bits={self.key_bits} "
                 f"and policy.value_bits={self.value_bits}, {own.critical_cost:.2f} of the full cache; use more bits.",
-                stacklevel=2,
+                stacklevel=1,  # one place for all callers, so that it is told once
             )
         return own
 
