@@ -52,9 +52,7 @@ def test_planned_host_bytes_of_a_short_prompt_in_few_bits(tmp_path):
     asked = ["policy.key_bits=8", "policy.value_bits=8", "policy.kv_budget=0.3", "max_new_tokens=10"]
     run = run_task(*TINY, *asked, f"prompt='{TEXT[:160]}'", f"run_dir={tmp_path}")
     plan = planned(*asked, context=run["prompt_tokens"])
-    assert (
-        plan["target_kv_host_bytes"] == pytest.approx(run["target_kv_host_bytes"], rel=0.05) and plan["scratch_bytes"]
-    )
+    assert plan["target_kv_host_bytes"] == pytest.approx(run["target_kv_host_bytes"], rel=0.05)
 
 
 def test_planned_bytes_of_a_target_with_sliding_windows(tmp_path):

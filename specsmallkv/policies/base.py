@@ -193,9 +193,10 @@ class Policy(ABC):
         own.marginal_cost = entry_cost(head_dim, itemsize, self.marginal_bits)
         own.critical_cost = sum(entry_cost(head_dim, itemsize, bits) for bits in (self.key_bits, self.value_bits))
         if own.critical_cost < self.kv_budget < 1:
+            keys, values = (bits or "null" for bits in packed[:2])
             warnings.warn(
-                f"policy.kv_budget={self.kv_budget} is more than all tokens need with policy.key_bits={self.key_bits} "
-                f"and policy.value_bits={self.value_bits}, {own.critical_cost:.2f} of the full cache; use more bits.",
+                f"policy.kv_budget={self.kv_budget} is more than all tokens need with policy.key_bits={keys} and "
+                f"policy.value_bits={values}, {own.critical_cost:.2f} of the full cache; lower it, or use more bits.",
                 stacklevel=1,  # one place for all callers, so that it is told once
             )
         return own
