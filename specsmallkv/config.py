@@ -1,7 +1,8 @@
 """The structured schema of a run and the checks that need no model.
 
 Hydra fills these dataclasses from `conf/`, so a mistyped key or a wrong type is refused at composition.
-`check` refuses values that would only fail later. Nothing here knows the command line or loads a model.
+`check` refuses values that would only fail later. `option` reads one file of conf/. Nothing here knows
+the command line or loads a model.
 """
 
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from .errors import UserError
 
@@ -186,3 +188,10 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def option(file: Path) -> Any:
+    """What a file of conf/ says, laid over the options of the same group that its `defaults` name."""
+    own: Any = OmegaConf.load(file)
+    bases = [option(file.with_name(f"{base}.yaml")) for base in own.pop("defaults", ()) if base != "_self_"]
+    return OmegaConf.merge(*bases, own)

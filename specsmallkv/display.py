@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .generation import Generation
 from .generation_batch import GenerationBatch
+from .policies import Policy
 
 UNITS = ("B", "KiB", "MiB", "GiB")
 WIDTH = 120
@@ -54,9 +55,9 @@ class Display:
         finally:
             status.stop()
 
-    def table(self, record: dict[str, Any]) -> None:
+    def table(self, record: dict[str, Any], policy: Policy) -> None:
         """Speed, acceptance and what lies where."""
-        table = Table(title=title(record), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(title=title(record, policy), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows(record):
             table.add_row(name, value)
         self.console.print(table)
@@ -137,10 +138,11 @@ class Display:
                 table.add_row(*setting, metric, f"{r[metric]:.4f}", errors, f"{r['kv_budget_effective'] or 1:.1%}")
         self.console.print(table)
 
-    def plan(self, record: dict[str, Any]) -> None:
+    def plan(self, record: dict[str, Any], policy: Policy) -> None:
         """Where the bytes of a run would go."""
         batch, tokens = record["batch_size"], f"{record['prompt_tokens']} + {record['max_new_tokens']} tokens"
-        table = Table(title=f"{title(record)}: {batch} x {tokens}, {record['dtype']}", title_justify="left", box=None)
+        heading = f"{title(record, policy)}: {batch} x {tokens}, {record['dtype']}"
+        table = Table(title=heading, title_justify="left", box=None)
         table.add_column("device")
         table.add_column("planned", justify="right")
         names = {
@@ -192,10 +194,12 @@ def batch_line(batch: GenerationBatch) -> str:
     return f"{work}, {count / seconds:.1f} tokens/s"
 
 
-def title(record: dict[str, Any]) -> str:
+def title(record: dict[str, Any], policy: Policy) -> str:
     drafts = record["num_draft_tokens"]
     speculation = f"{drafts} draft tokens" if drafts else "no speculation"
-    return f"{record['model']}: {record['policy']}, kv_budget {record['kv_budget']}, {speculation}"
+    held = {what: getattr(policy, f"{what}_bits", None) for what in ("key", "value")}
+    bits = [f"{what}s in {number} bits" for what, number in held.items() if number]
+    return f"{record['model']}: {', '.join([record['policy'], *bits])}, kv_budget {record['kv_budget']}, {speculation}"
 
 
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

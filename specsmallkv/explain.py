@@ -20,10 +20,10 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from .config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig
+from .config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig, option
 from .errors import UserError
 from .memory import is_out_of_memory, shortage
 
@@ -94,7 +94,7 @@ def unknown_key(key: str) -> str:
     if group.partition(".")[0] == "hydra":
         return f"{key} is not a key of Hydra's own; --cfg hydra shows them"
     if key in known_keys():  # of another option of its group
-        options = [file.stem for file in sorted((CONFIG_DIR / group).glob("*.yaml")) if leaf in OmegaConf.load(file)]
+        options = [file.stem for file in sorted((CONFIG_DIR / group).glob("*.yaml")) if leaf in option(file)]
         return f"{key} is no setting of the chosen {group}; it belongs to {group}={'|'.join(options)}"
     siblings = [known for known in known_keys() if known.startswith(group + dot)] or list(known_keys())
     # By last name, so that `kv_budget` finds `policy.kv_budget`; of two with one name the first stands.
@@ -128,7 +128,7 @@ def known_keys() -> tuple[str, ...]:
         keys += [f"{group}.{field.name}" for field in fields(schema)]
     for group in ("policy", "task"):
         for file in sorted((CONFIG_DIR / group).glob("*.yaml")):
-            keys += [f"{group}.{key}" for key in map(str, OmegaConf.load(file))]
+            keys += [f"{group}.{key}" for key in map(str, option(file))]
     return tuple(dict.fromkeys(keys))
 
 

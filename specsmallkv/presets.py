@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import ListConfig, OmegaConf
 
-from .config import CONFIG_DIR
+from .config import CONFIG_DIR, option
 from .errors import UserError
 from .policies import Policy
 
@@ -40,7 +40,7 @@ def load_model_settings(name: str) -> dict[str, Any]:
 def _load(group: str, name: str) -> Any:
     if name not in names(group):
         raise UserError(f"{group}={name} is unknown; choose one of {', '.join(names(group))}.")
-    return OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
+    return option(CONFIG_DIR / group / f"{name}.yaml")
 
 
 def target_class(node: Any, group: str) -> type | None:

@@ -31,6 +31,8 @@ MEASURED = (
     *("recall_bytes", "new_per_round", "peak_memory_bytes", "error"),
 )
 OF_THE_RECORD = ("task", "model", "speculation", "num_draft_tokens", "seed", "dtype", "device", "device_name", "error")
+CONFIG = "config."  # begins the columns of settings
+ALIKE = ("task", "model", "policy", "speculation")
 SURROUNDINGS = ("versions", "git_hash", "device_name")
 NOT_SETTINGS = ("run_dir", "quiet", "resume", "report", "trace")
 # What a row shows by itself, and what is averaged over: runs that differ in nothing else are one setting.
@@ -69,7 +71,8 @@ def collect(directory: Path) -> Collection:
             records[str(path.relative_to(directory))] = record
     if not records:
         raise UserError(f"task.dir={directory} holds no record; give the directory of a run or a sweep.")
-    rows = [row for path, record in records.items() for row in rows_of(name_of(path), record)]
+    varied = varied_settings(records)
+    rows = [row | varied[path] for path, record in records.items() for row in rows_of(name_of(path), record)]
     return Collection(records, rows)
 
 
@@ -127,8 +130,11 @@ def flat(config: Any, prefix: str = "") -> Row:
 
 
 def setting_of(config: Any) -> Row:
-    found = flat(config or {})
-    return {k: v for k, v in found.items() if k not in NOT_SETTINGS and not NOT_A_SETTING.fullmatch(k)}
+    return {key: value for key, value in flat(config or {}).items() if is_setting(key)}
+
+
+def is_setting(key: str) -> bool:
+    return key not in NOT_SETTINGS and not NOT_A_SETTING.fullmatch(key)
 
 
 def differences(records: Mapping[str, Mapping[str, Any]]) -> tuple[Row, dict[str, Row]]:
@@ -142,6 +148,22 @@ def differences(records: Mapping[str, Mapping[str, Any]]) -> tuple[Row, dict[str
     return {key: first[key] for key in keys if key in same}, differing
 
 
+def varied_settings(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
+    """Of each record: settings that another of the same task, model, policy and speculation has otherwise.
+
+    Other policies have other settings throughout, which their names stand for.
+    """
+    alike: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for path, record in records.items():
+        alike.setdefault(tuple(record.get(key) for key in ALIKE), {})[path] = record
+    found = {path: own for group in alike.values() for path, own in differences(group)[1].items()}
+    return {path: {CONFIG + key: in_words(own[key]) for key in own if is_setting(key)} for path, own in found.items()}
+
+
+def in_words(value: Any) -> Any:
+    return value if isinstance(value, str | int | float) else json.dumps(value)  # null is a setting, too
+
+
 def surroundings(records: Iterable[Mapping[str, Any]]) -> list[tuple[Row, int]]:
     """Versions, commit and machine, each combination with how many records have it."""
     counted = Counter(json.dumps({key: record.get(key) for key in SURROUNDINGS}) for record in records)
@@ -152,8 +174,9 @@ def surroundings(records: Iterable[Mapping[str, Any]]) -> list[tuple[Row, int]]:
 
 
 def columns(rows: list[Row], everything: bool = False) -> list[str]:
-    """Columns that say something: identity that varies (policy and budget always), and whatever was measured."""
-    known = [key for key in (*IDENTITY, *MEASURED) if any(row.get(key) is not None for row in rows)]
+    """Columns that say something: what varies (policy and budget always), settings too, and whatever was measured."""
+    settings = dict.fromkeys(key for row in rows for key in row if key.startswith(CONFIG))
+    known = [key for key in (*IDENTITY, *settings, *MEASURED) if any(row.get(key) is not None for row in rows)]
     if everything:
         return list(dict.fromkeys([*known, *(key for row in rows for key in row)]))
     always = ("record", "policy", "kv_budget")
@@ -202,7 +225,7 @@ def by_task(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def heading(key: str) -> str:
-    return f"{key.replace('_bytes', '')} MiB" if "_bytes" in key else key
+    return f"{key.replace('_bytes', '')} MiB" if "_bytes" in key else key.removeprefix(CONFIG)
 
 
 def shown(key: str, value: Any) -> str:

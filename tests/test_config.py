@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig, check
+from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationConfig, check, option
 from specsmallkv.errors import UserError
-from specsmallkv.presets import build
+from specsmallkv.presets import build, load_policy
 from specsmallkv.prompts import Request, default_prompt, read_requests, read_text
 
 
@@ -59,10 +59,21 @@ def test_every_option_composes_and_is_named_after_its_file(group, name):
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in ("policy", "task") for n in options(g)])
 def test_every_target_is_a_class_that_takes_exactly_the_keys_of_its_file(group, name):
-    option = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
-    pytest.importorskip(option._target_.rpartition(".")[0])
-    accepted = {field.name for field in fields(get_class(option._target_)) if field.init}
-    assert accepted == set(option) - {"_target_"}
+    node = option(CONFIG_DIR / group / f"{name}.yaml")
+    pytest.importorskip(node._target_.rpartition(".")[0])
+    accepted = {field.name for field in fields(get_class(node._target_)) if field.init}
+    assert accepted == set(node) - {"_target_"}
+
+
+@pytest.mark.parametrize("name", options("policy"))
+def test_a_preset_loaded_from_python_is_what_hydra_composes(name):
+    assert OmegaConf.to_container(option(CONFIG_DIR / "policy" / f"{name}.yaml")) == config_of(f"policy={name}").policy
+
+
+def test_a_preset_on_top_of_another_says_only_what_it_changes():
+    base, packed = (load_policy(name) for name in ("specsmallkv", "specsmallkv_packed"))
+    assert (packed.key_bits, packed.value_bits) == (8, 4)
+    assert replace(packed, name=base.name, key_bits=None, value_bits=None) == base
 
 
 @pytest.mark.parametrize("name", options("experiment"))

@@ -44,6 +44,12 @@ def test_the_table_tells_speed_acceptance_bytes_and_tiers_on_stderr_alone(run):
     assert "\x1b" not in err and "drafts accepted" not in out
 
 
+def test_the_title_tells_in_how_many_bits_tokens_are_held(run):
+    assert "specsmallkv, kv_budget" in run("policy=specsmallkv")[1]
+    packed = run("policy=specsmallkv_packed", "policy.value_bits=null")[1]
+    assert "specsmallkv_packed, keys in 8 bits, kv_budget" in packed
+
+
 def test_the_host_store_and_the_draft_are_measured_against_the_full_cache():
     kept = [{"critical": 10, "marginal": 0, "total": 50}]
     record = {

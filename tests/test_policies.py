@@ -35,6 +35,7 @@ POLICIES = {
     "smallkv_paper": SmallKV,
     "smallkv": SmallKV,
     "specsmallkv": Lookahead,
+    "specsmallkv_packed": Lookahead,
     "oracle": Oracle,
 }
 COMPRESSING = sorted(set(POLICIES) - {"full"})

@@ -142,6 +142,22 @@ def test_sweeps_over_policies_share_their_full_cache_whatever_else_their_presets
     assert {bar["name"]: bar["count"] for bar in figure["bars"]} == {"snapkv": 1, "specsmallkv": 1, "full": 2}
 
 
+def test_a_swept_setting_is_a_column_and_what_other_policies_have_is_none(tmp_path):
+    settings = (("specsmallkv", None), ("specsmallkv", 8), ("snapkv", None))
+    for number, (policy, key_bits) in enumerate(settings):
+        kept = record(policy=policy, seed=number, tokens_per_second=1.0)
+        kept["config"] |= {"max_new_tokens": 8 * (number + 1)} if number else {"max_new_tokens": 8}
+        kept["config"]["policy"] |= {"window_size": 8, "key_bits": key_bits} if policy == "specsmallkv" else {}
+        (tmp_path / f"{number}.json").write_text(json.dumps(kept))
+    rows = collect(tmp_path).rows
+    assert "config.policy.window_size" not in rows[0]
+    assert [row.get("config.policy.key_bits") for row in rows] == ["null", 8, None]
+    lines = as_markdown(rows).splitlines()
+    assert "| policy.key_bits | max_new_tokens | tokens_per_second |" in lines[2]
+    assert lines[4] == "| 0 | specsmallkv | 0.2 | 0 | null | 8 | 1 |"
+    assert lines[6] == "| 2 | snapkv | 0.2 | 2 |  |  | 1 |"
+
+
 def test_kinds_of_speculation_are_lines_of_their_own():
     rows = [
         row for kind in ("draft", "none") for row in rows_of(kind, record(speculation=kind, tokens_per_second=1.0))

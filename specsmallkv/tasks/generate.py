@@ -105,7 +105,7 @@ class GenerateTask:
             record["peak_memory_bytes"] = max(loading_peak, record["peak_memory_bytes"])
         if config.prompts_file is not None:
             record["outputs"] = outputs
-        display.table(record)
+        display.table(record, config.policy)
         return record
 
 

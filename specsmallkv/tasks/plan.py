@@ -299,5 +299,5 @@ class PlanTask:
             "break_even_context_tokens": plan.break_even(config.max_new_tokens, config.batch_size),
             "planned": True,
         }
-        display.plan(record)
+        display.plan(record, config.policy)
         return record
