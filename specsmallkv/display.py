@@ -57,7 +57,9 @@ class Display:
 
     def table(self, record: dict[str, Any], policy: Policy) -> None:
         """Speed, acceptance and what lies where."""
-        table = Table(title=title(record, policy), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=title(record, policy), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
         for name, value in rows(record):
             table.add_row(name, value)
         self.console.print(table)

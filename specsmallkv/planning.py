@@ -135,7 +135,9 @@ def _set_tail_terms(policy: Policy, sequence: Sequence, oracle: AttentionOracle)
             parts = predicted, saliency[first:last], believed[first:last]
             rows, ranks, trust = (_of(x, list(own)).to(device) for x in parts)
             factor, members = policy.tail_factor * trust, list(own.values())
-            terms = tail_terms(rows, ranks, members, policy.num_sink_tokens, factor, policy.tail_pool)
+            terms = tail_terms(
+                rows, ranks, members, policy.num_sink_tokens, factor, policy.tail_pool, policy.tail_limit
+            )
             for layer, term in zip(own.values(), terms, strict=True):
                 layer.tail_term = term
         first = last

@@ -1,15 +1,18 @@
 """The tail term: what the evicted remainder adds to attention, weighted by the draft's odds.
 
-    o = (o_L + sum_i r_i v_i) / (1 + sum_i r_i),   r_i = factor * s * pred mass of i / pred mass of L without the sinks
+    o = (o_L + sum_i r_i v_i) / (1 + sum_i r_i),   r_i = s * f_i / (1 + sum_j f_j / limit),
+    f_i = factor * pred mass of i / pred mass of L without the sinks
 
 with s the share of the target's own attention on L that is not on the sinks (the head map is fitted without their
-columns, so odds are taken against the rest of L). Two remainders: the evicted tokens that rank next, whose values the
+columns, so odds are taken against the rest of L). A draft that spreads its attention gives the evicted tokens far too
+large odds in a few heads, hence the limit. Two remainders: the evicted tokens that rank next, whose values the
 host pools with the draft's weights, and all others, whose plain mean value stands for them. Odds and values are those
 of the row that chose, the mean over a verify block's, and serve all queries that read the set: with a row for each the
 KL was the same (experiments/LOG.md, 2026-11-26). Only two pooled vectors of each head reach the device. This file does
 not know who chose L.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +39,19 @@ class TailTerm:
 
 
 def tail_terms(
-    predicted: Tensor, saliency: Tensor, layers: list[TieredLayer], num_sinks: int, factor: Tensor, pool: float
+    predicted: Tensor,
+    saliency: Tensor,
+    layers: list[TieredLayer],
+    num_sinks: int,
+    factor: Tensor,
+    pool: float,
+    limit: float = math.inf,
 ) -> list[TailTerm | None]:
     """The tail terms of layers on one device whose tails begin alike and which keep as many; None: nothing is evicted.
 
     predicted (L, H_q, N): the row that chose; saliency (L, H_kv, >= tail_start) ranks; factor (L, H_q): share of
-    each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept.
+    each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept;
+    limit: where both remainders' odds together saturate.
     """
     start, num_kept, num_kv_heads = layers[0].tail_start, layers[0].num_kept, saliency.shape[1]
     if (count := start - num_kept) <= 0:
@@ -57,6 +67,7 @@ def tail_terms(
     far_mass = (rows.sum(dim=-1) - held - near_mass).clamp_min(0)
     odds = torch.stack((near_mass, far_mass), dim=-1) / against.clamp_min(1e-6).unsqueeze(-1)
     odds = factor.unsqueeze(-1) * odds.view(*factor.shape, 2)
+    odds /= 1 + odds.sum(dim=-1, keepdim=True) / limit
     weights /= near_mass.clamp_min(1e-9).unsqueeze(-1)
     values = _pooled(layers, *(x.unflatten(0, (len(layers), num_kv_heads)) for x in (near, weights)))
     return [TailTerm(odds[i, None, :, None], values[i, None], num_sinks) for i in range(len(layers))]

@@ -31,10 +31,10 @@ def true_rows(query, k):
     return attention_probabilities(query, k, DIM**-0.5)[0]
 
 
-def term_of(layer, row, factor, pool):
+def term_of(layer, row, factor, pool, **limit):
     """From one row (H_q, N), which ranks too."""
     saliency = row.unflatten(0, (H_KV, -1)).mean(1)
-    (term,) = tail_terms(row[None], saliency[None], [layer], SINKS, torch.full((1, H_Q), factor), pool)
+    (term,) = tail_terms(row[None], saliency[None], [layer], SINKS, torch.full((1, H_Q), factor), pool, **limit)
     return term
 
 
@@ -49,6 +49,17 @@ def test_true_rows_with_all_evicted_values_pooled_are_full_attention(block):
     layer, query, k, v = block
     full = reference_attention(query, k, v, DIM**-0.5)
     torch.testing.assert_close(read(layer, query, k, v, factor=1.0, pool=100.0), full, atol=1e-5, rtol=1e-5)
+
+
+def test_odds_saturate_at_their_limit_in_proportion(block):
+    layer, query, k, _ = block
+    row = true_rows(query, k).mean(1)
+    free = term_of(layer, row, 3.0, 0.5).odds.sum(-1, keepdim=True)
+    bound = term_of(layer, row, 3.0, 0.5, limit=0.25).odds
+    assert free.max() > 0.25 > bound.sum(-1).max()
+    torch.testing.assert_close(bound.sum(-1, keepdim=True), free / (1 + free / 0.25))
+    torch.testing.assert_close(bound * free, term_of(layer, row, 3.0, 0.5).odds * bound.sum(-1, keepdim=True))
+    assert term_of(layer, row, 1e6, 0.5, limit=1.0).odds.sum(-1).max() <= 1
 
 
 @pytest.mark.parametrize("pool", [0.0, 0.5])

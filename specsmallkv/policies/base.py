@@ -4,6 +4,7 @@ So they compare byte for byte. A policy is stateless between sequences: what it 
 """
 
 import copy
+import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Policy(ABC):
     group_reduction = "mean"  # of predictions over the query heads that share keys
     weigh_rows = False  # rows of a verify block count by the chance that they are accepted
     lookahead = "block"  # which of the draft's rows of a verify block are read: `oracle.LOOKAHEADS`
-    tail_factor, tail_pool = 0.0, 0.0  # what the evicted remainder adds: `tail_term.py`
+    tail_factor, tail_pool, tail_limit = 0.0, 0.0, math.inf  # what the evicted remainder adds: `tail_term.py`
     marginal_share = 0.0
     marginal_bits = cast("int | None", None)  # of the marginal values; None: as the cache holds them
     # of K and of V of critical tokens outside of the window, and of the host store's; None: as they come

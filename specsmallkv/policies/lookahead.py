@@ -45,7 +45,8 @@ class Lookahead(DraftPolicy):
     group_reduction: over the query heads that share keys, "max" or "mean".
     own_share: part of the score that is the target's own attention in its last verify pass (block only).
     tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
-    many evicted tokens, as a multiple of the kept, are pooled by the draft's weights (`tail_term.py`; block only).
+    many evicted tokens, as a multiple of the kept, are pooled by the draft's weights; tail_limit: where odds
+    saturate, inf: nowhere (`tail_term.py`; block only).
     key_bits, value_bits: of K and of V of critical tokens, but the window's, and of the host store's, 4 or 8; None: as
     they come (`packed_layer.py`).
     """
@@ -59,6 +60,7 @@ class Lookahead(DraftPolicy):
     own_share: float = 0.0
     tail_factor: float = 0.5
     tail_pool: float = 2.0
+    tail_limit: float = 1.0
     key_bits: int | None = None
     value_bits: int | None = None
     every_round = True
@@ -80,6 +82,8 @@ class Lookahead(DraftPolicy):
         for key in ("tail_factor", "tail_pool"):
             if getattr(self, key) < 0:
                 raise UserError(f"policy.{key}={getattr(self, key)} is negative; give 0 (off) or more.")
+        if not self.tail_limit > 0:
+            raise UserError(f"policy.tail_limit={self.tail_limit} is not above 0; give e.g. 1, or .inf (no limit).")
 
     def plan(self, index: int, layer: TieredLayer, evidence: Evidence, evicted_at: int | None = None) -> Plan:
         choose = super().plan
