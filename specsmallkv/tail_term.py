@@ -1,6 +1,6 @@
 """The tail term: what the evicted remainder adds to attention, weighted by the draft's odds.
 
-    o = (o_L + sum_i r_i v_i) / (1 + sum_i r_i),   r_i = s * f_i / (1 + sum_j f_j / limit),
+    o = (o_L + sum_i r_i v_i) / (1 + sum_i r_i),   r_i = s * f_i * min(1, limit / sum_j f_j),
     f_i = factor * pred mass of i / pred mass of L without the sinks
 
 with s the share of the target's own attention on L that is not on the sinks (the head map is fitted without their
@@ -51,7 +51,7 @@ def tail_terms(
 
     predicted (L, H_q, N): the row that chose; saliency (L, H_kv, >= tail_start) ranks; factor (L, H_q): share of
     each head's odds that is believed; pool: how many evicted tokens are pooled by weight, as a multiple of the kept;
-    limit: where both remainders' odds together saturate.
+    limit: what both remainders' odds together are cut to.
     """
     start, num_kept, num_kv_heads = layers[0].tail_start, layers[0].num_kept, saliency.shape[1]
     if (count := start - num_kept) <= 0:
@@ -67,7 +67,7 @@ def tail_terms(
     far_mass = (rows.sum(dim=-1) - held - near_mass).clamp_min(0)
     odds = torch.stack((near_mass, far_mass), dim=-1) / against.clamp_min(1e-6).unsqueeze(-1)
     odds = factor.unsqueeze(-1) * odds.view(*factor.shape, 2)
-    odds /= 1 + odds.sum(dim=-1, keepdim=True) / limit
+    odds *= (limit / odds.sum(dim=-1, keepdim=True)).clamp_max(1)
     weights /= near_mass.clamp_min(1e-9).unsqueeze(-1)
     values = _pooled(layers, *(x.unflatten(0, (len(layers), num_kv_heads)) for x in (near, weights)))
     return [TailTerm(odds[i, None, :, None], values[i, None], num_sinks) for i in range(len(layers))]

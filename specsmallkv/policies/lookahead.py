@@ -45,8 +45,8 @@ class Lookahead(DraftPolicy):
     group_reduction: over the query heads that share keys, "max" or "mean".
     own_share: part of the score that is the target's own attention in its last verify pass (block only).
     tail_factor: share of the draft's odds that the evicted remainder enters attention with, 0 is off; tail_pool: how
-    many evicted tokens, as a multiple of the kept, are pooled by the draft's weights; tail_limit: where odds
-    saturate, inf: nowhere (`tail_term.py`; block only).
+    many evicted tokens, as a multiple of the kept, are pooled by the draft's weights; tail_limit: what
+    odds are cut to, inf: nothing (`tail_term.py`; block only).
     key_bits, value_bits: of K and of V of critical tokens, but the window's, and of the host store's, 4 or 8; None: as
     they come (`packed_layer.py`).
     """
