@@ -50,6 +50,15 @@ def test_only_the_last_drafts_row_takes_a_step_of_its_own(target, draft, prompt,
     assert sum(recorded for _, recorded, _ in passes) == rows_ahead(lookahead, drafts + 1)
 
 
+def test_a_policys_limit_bounds_the_weight_of_what_is_evicted(target, draft, prompt):
+    largest = {}
+    for limit in (0.01, torch.inf):
+        _, sequence, _ = begun(target, draft, prompt, "block", tail_limit=limit)
+        terms = [layer.tail_term for layer in sequence.target.layers if layer.tail_term is not None]
+        largest[limit] = max(term.odds.sum(-1).max().item() for term in terms)
+    assert largest[0.01] == pytest.approx(0.01) and largest[torch.inf] > 0.02
+
+
 @pytest.mark.parametrize("lookahead", ["drafted", "first"])
 def test_rows_that_were_not_read_have_no_say(target, draft, prompt, lookahead):
     kept = []
