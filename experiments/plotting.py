@@ -41,6 +41,7 @@ plt.rcParams |= {
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and a shape each.
 LOOKS = {
     "specsmallkv": ("#0072b2", "o"),
+    "specsmallkv_packed": ("#882255", "o"),
     "smallkv": ("#009e73", "s"),
     "smallkv_paper": ("#56b4e9", "D"),
     "snapkv": ("#d55e00", "^"),

@@ -14,7 +14,8 @@ from specsmallkv.records import Row, collect
 
 RECORDS = Path(__file__).resolve().parent / "records" / "kl_budget_qwen_2k"
 OURS, PACKED, RIVALS = "specsmallkv", "specsmallkv:key_bits=8,value_bits=4", ("snapkv", "oracle")
-POLICIES = ("pyramidkv", "snapkv", "h2o", "smallkv", OURS, PACKED, "oracle")
+PRESET = "specsmallkv_packed"  # the same
+POLICIES = ("pyramidkv", "snapkv", "h2o", "smallkv", OURS, PACKED, PRESET, "oracle")
 TOLD = {OURS: f"**`{OURS}`**", PACKED: f"`{OURS}`, keys in 8 and values in 4 bits"}
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -87,6 +88,14 @@ def check_types(target: type | None, node: Any, group: str) -> None:
             raise UserError(f"{setting} is not {KINDS[kind]}; give {KINDS[kind]}{_quoted(kind)}{null}.")
 
 
+def with_infinities(target: type | None, node: Any) -> Any:
+    """`inf` and `.inf` as the numbers that they are: a command line and YAML know one of the two each."""
+    hints = get_type_hints(target) if is_dataclass(target) else {}
+    infinite = {key: math.inf for key, value in node.items() if hints.get(key) is float and value in INFINITE}
+    return OmegaConf.merge(node, infinite)
+
+
+INFINITE = ("inf", ".inf")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -104,7 +113,9 @@ def _quoted(kind: Any) -> str:
 def build(node: Any, group: str) -> Any:
     """The object that a `_target_` node describes; a UserError of its constructor comes out as it went in."""
     try:
-        check_types(target_class(node, group), node, group)
+        target = target_class(node, group)
+        node = with_infinities(target, node)
+        check_types(target, node, group)
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):

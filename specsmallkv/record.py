@@ -89,7 +89,14 @@ def asked_for(config: RunConfig) -> dict[str, Any]:
 def config_hash(config: Mapping[str, Any]) -> str:
     """16 hex digits that two runs share if their resolved configurations are the same; files are named, not read."""
     relevant = {key: value for key, value in config.items() if key not in UNHASHED}
-    return hashlib.sha256(json.dumps(plain(relevant), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(plain(finite(relevant)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finite(config: Any) -> Any:
+    """Settings without limit are told as `inf`, which is not null; such figures become null (`plain`)."""
+    if isinstance(config, Mapping):
+        return {key: finite(value) for key, value in config.items()}
+    return "inf" if config in (math.inf, ".inf") else config
 
 
 def failure(config: Mapping[str, Any], settings: Mapping[str, Any], error: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ SURROUNDINGS = ("versions", "git_hash", "device_name")
 NOT_SETTINGS = ("run_dir", "quiet", "resume", "report", "trace")
 # What a row shows by itself, and what is averaged over: runs that differ in nothing else are one setting.
 NOT_A_SETTING = re.compile(
-    r"seed|prompt|(prompt|prompts|messages)_file|policy\.(kv_budget|_target_)|speculation\.(name|num_draft_tokens)"
+    r"seed|model\.(dtype|device)|prompt|(prompt|prompts|messages)_file|policy\.(kv_budget|_target_)|speculation\.(name|num_draft_tokens)"
     r"|task\.(text_files?|offset|data_path|policies|kv_budgets|systems)"
 )
 MEBIBYTE = 2**20
@@ -72,7 +72,11 @@ def collect(directory: Path) -> Collection:
     if not records:
         raise UserError(f"task.dir={directory} holds no record; give the directory of a run or a sweep.")
     varied = varied_settings(records)
-    rows = [row | varied[path] for path, record in records.items() for row in rows_of(name_of(path), record)]
+    rows = [
+        row | settings_of(row, record, varied[path])
+        for path, record in records.items()
+        for row in rows_of(name_of(path), record)
+    ]
     return Collection(records, rows)
 
 
@@ -149,15 +153,26 @@ def differences(records: Mapping[str, Mapping[str, Any]]) -> tuple[Row, dict[str
 
 
 def varied_settings(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
-    """Of each record: settings that another of the same task, model, policy and speculation has otherwise.
+    """Of each record: its values of all settings in which some two of one task, model, policy and speculation differ.
 
-    Other policies have other settings throughout, which their names stand for.
+    Between policies nearly all settings differ; their names stand for that.
     """
     alike: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for path, record in records.items():
         alike.setdefault(tuple(record.get(key) for key in ALIKE), {})[path] = record
-    found = {path: own for group in alike.values() for path, own in differences(group)[1].items()}
-    return {path: {CONFIG + key: in_words(own[key]) for key in own if is_setting(key)} for path, own in found.items()}
+    groups = [differences(group)[1].values() for group in alike.values()]
+    varied = {key for group in groups for own in group for key in own if is_setting(key)}
+    flats = {path: flat(record["config"] or {}) for path, record in records.items()}
+    return {path: {key: value for key, value in own.items() if key in varied} for path, own in flats.items()}
+
+
+def settings_of(row: Row, record: Mapping[str, Any], varied: Row) -> Row:
+    """Columns of what varies, as far as it holds for this row: the policy's where it is the run's own or a variant."""
+    own = ((record["config"] or {}).get("policy") or {}).get("name")
+    name, _, changes = str(row.get("policy")).partition(":")
+    changed = {f"policy.{change.partition('=')[0].strip()}" for change in changes.split(",")}
+    held = {k: v for k, v in varied.items() if not k.startswith("policy.") or (name == own and k not in changed)}
+    return {CONFIG + key: in_words(value) for key, value in held.items()}
 
 
 def in_words(value: Any) -> Any:

@@ -28,7 +28,7 @@ from .config import CONFIG_DIR, RunConfig, check
 from .errors import UserError
 from .explain import explain, refuse_several_options, refuse_unknown_keys
 from .memory import reset_peak_memory
-from .record import asked_for, complete, config_hash, failure, write_record
+from .record import asked_for, complete, config_hash, failure, finite, write_record
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
@@ -87,7 +87,7 @@ def record_failure(composed: DictConfig, error: Exception) -> None:
 def identity(plain: dict[str, Any]) -> dict[str, Any]:
     """What tells this run from others."""
     overrides = list(HydraConfig.get().overrides.task)
-    return {"config": plain, "config_hash": config_hash(plain), "overrides": overrides}
+    return {"config": finite(plain), "config_hash": config_hash(plain), "overrides": overrides}
 
 
 def run_directory(hash_: str | None) -> Path:

@@ -1,6 +1,7 @@
 """Composition: every option and experiment composes, impossible values are refused, prompts are read."""
 
 import json
+import math
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from specsmallkv.config import CONFIG_DIR, ModelConfig, RunConfig, SpeculationCo
 from specsmallkv.errors import UserError
 from specsmallkv.presets import build, load_policy
 from specsmallkv.prompts import Request, default_prompt, read_requests, read_text
+from specsmallkv.record import config_hash, finite
+from specsmallkv.tasks.grid import policy_grid
 
 
 def options(group: str) -> list[str]:
@@ -68,6 +71,18 @@ def test_every_target_is_a_class_that_takes_exactly_the_keys_of_its_file(group, 
 @pytest.mark.parametrize("name", options("policy"))
 def test_a_preset_loaded_from_python_is_what_hydra_composes(name):
     assert OmegaConf.to_container(option(CONFIG_DIR / "policy" / f"{name}.yaml")) == config_of(f"policy={name}").policy
+
+
+@pytest.mark.parametrize("word", ["inf", ".inf"])
+def test_a_setting_without_limit_is_understood_in_both_spellings_and_told_apart_from_null(word):
+    config = config_of(f"policy.tail_limit={word}")
+    assert build(OmegaConf.create(config.policy), "policy").tail_limit == math.inf
+    assert load_policy("specsmallkv").tail_limit == 1.0
+    (variant,) = policy_grid(load_policy("specsmallkv"), [f"specsmallkv:tail_limit={word}"], [0.1])
+    assert variant.tail_limit == math.inf
+    assert finite({"policy": {"tail_limit": math.inf}}) == {"policy": {"tail_limit": "inf"}}
+    hashes = [config_hash({"policy": {"tail_limit": value}}) for value in (math.inf, word, None)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_preset_on_top_of_another_says_only_what_it_changes():

@@ -325,6 +325,7 @@ def test_a_fork_of_the_evidence_counts_its_own_mass():
         ("specsmallkv", "own_share", -0.1),
         ("specsmallkv", "own_share", 1.0),
         ("specsmallkv", "tail_limit", 0.0),
+        ("specsmallkv", "tail_limit", "none"),
         ("streaming_llm", "num_sink_tokens", -1),
         ("pyramidkv", "beta", 0.5),
         ("h2o", "recent_share", 1.0),

@@ -150,12 +150,25 @@ def test_a_swept_setting_is_a_column_and_what_other_policies_have_is_none(tmp_pa
         kept["config"]["policy"] |= {"window_size": 8, "key_bits": key_bits} if policy == "specsmallkv" else {}
         (tmp_path / f"{number}.json").write_text(json.dumps(kept))
     rows = collect(tmp_path).rows
-    assert "config.policy.window_size" not in rows[0]
+    assert "config.policy.window_size" not in rows[0]  # it tells policies apart, no run of one
     assert [row.get("config.policy.key_bits") for row in rows] == ["null", 8, None]
     lines = as_markdown(rows).splitlines()
     assert "| policy.key_bits | max_new_tokens | tokens_per_second |" in lines[2]
     assert lines[4] == "| 0 | specsmallkv | 0.2 | 0 | null | 8 | 1 |"
-    assert lines[6] == "| 2 | snapkv | 0.2 | 2 |  |  | 1 |"
+    assert lines[6] == "| 2 | snapkv | 0.2 | 2 |  | 24 | 1 |"
+
+
+def test_a_swept_setting_stands_on_rows_of_the_policy_that_has_it_alone(tmp_path):
+    policies = ("specsmallkv", "specsmallkv:pool=4", "specsmallkv:tail=2,pool=4", "snapkv")
+    for number, (tail, dtype) in enumerate((("inf", "float32"), (1.0, "bfloat16"))):
+        results = [{"policy": policy, "kv_budget": 0.2, "kl_mean": 1.0} for policy in policies]
+        kept = record("fidelity", policy="specsmallkv", results=results, dtype=dtype)
+        kept["config"]["policy"]["tail"] = tail
+        kept["config"]["model"] = {"dtype": dtype}
+        (tmp_path / f"{number}.json").write_text(json.dumps(kept))
+    rows = collect(tmp_path).rows
+    assert [row.get("config.policy.tail") for row in rows] == ["inf", "inf", None, None, 1.0, 1.0, None, None]
+    assert "config.model.dtype" not in rows[0] and "dtype" in columns(rows)
 
 
 def test_kinds_of_speculation_are_lines_of_their_own():

@@ -52,6 +52,7 @@ class ReportTask:
         console = Display(config.quiet).console
         console.print(f"{len(collection.records)} records, {len(rows)} rows, {len(collection.failed)} failed")
         console.print(f"report: {output / 'report.html'}", soft_wrap=True, highlight=False)
+        console.print("tables: table.csv, table.md and table.tex beside it")
         return {
             "num_records": len(collection.records),
             "num_rows": len(rows),
