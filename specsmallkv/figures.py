@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .records import Row, by_task
+from .records import Row, by_task, held
 
 MEAN = "mean"  # what fidelity calls the row of all texts
 SERIES_KEYS = ("model", "name", "policy", "speculation", "num_draft_tokens", "rows")
@@ -121,8 +121,7 @@ def told_apart(rows: list[Row], name: Callable[[Row], str], settings: Mapping[st
 def setting(row: Row, settings: Mapping[str, Row]) -> Row:
     """Of the record's settings those that hold for this row: its policy's are another's where several stand in one."""
     own = settings.get(row["record"], {})
-    is_its_own = row.get("policy") == own.get("policy.name")
-    return {k: v for k, v in own.items() if k != "policy.name" and (is_its_own or not k.startswith("policy."))}
+    return {k: v for k, v in held(own, row, own.get("policy.name")).items() if k != "policy.name"}
 
 
 def point(measure: Measure, x: float, rows: list[Row]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def collect(directory: Path) -> Collection:
         raise UserError(f"task.dir={directory} holds no record; give the directory of a run or a sweep.")
     varied = varied_settings(records)
     rows = [
-        row | settings_of(row, record, varied[path])
+        row | {CONFIG + key: in_words(value) for key, value in held(varied[path], row, policy_of(record)).items()}
         for path, record in records.items()
         for row in rows_of(name_of(path), record)
     ]
@@ -166,13 +166,16 @@ def varied_settings(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
     return {path: {key: value for key, value in own.items() if key in varied} for path, own in flats.items()}
 
 
-def settings_of(row: Row, record: Mapping[str, Any], varied: Row) -> Row:
-    """Columns of what varies, as far as it holds for this row: the policy's where it is the run's own or a variant."""
-    own = ((record["config"] or {}).get("policy") or {}).get("name")
+def held(settings: Row, row: Row, own: str | None) -> Row:
+    """Of a record's settings those that hold for this row: a policy's for the run's own one and for variants of it."""
     name, _, changes = str(row.get("policy")).partition(":")
     changed = {f"policy.{change.partition('=')[0].strip()}" for change in changes.split(",")}
-    held = {k: v for k, v in varied.items() if not k.startswith("policy.") or (name == own and k not in changed)}
-    return {CONFIG + key: in_words(value) for key, value in held.items()}
+    is_its_own = name == own
+    return {k: v for k, v in settings.items() if not k.startswith("policy.") or (is_its_own and k not in changed)}
+
+
+def policy_of(record: Mapping[str, Any]) -> str | None:
+    return ((record["config"] or {}).get("policy") or {}).get("name")
 
 
 def in_words(value: Any) -> Any:

@@ -166,8 +166,13 @@ def test_a_swept_setting_stands_on_rows_of_the_policy_that_has_it_alone(tmp_path
         kept["config"]["policy"]["tail"] = tail
         kept["config"]["model"] = {"dtype": dtype}
         (tmp_path / f"{number}.json").write_text(json.dumps(kept))
-    rows = collect(tmp_path).rows
+    found = collect(tmp_path)
+    rows = found.rows
     assert [row.get("config.policy.tail") for row in rows] == ["inf", "inf", None, None, 1.0, 1.0, None, None]
+    [figure] = [own for own in figures(rows, found.settings) if own["key"] == "kl_mean"]
+    lines = {bar["name"]: bar["count"] for bar in figure["bars"]}
+    assert lines["specsmallkv:pool=4, tail inf"] == lines["specsmallkv:pool=4, tail 1.0"] == 1
+    assert lines["snapkv"] == lines["specsmallkv:tail=2,pool=4"] == 2
     assert "config.model.dtype" not in rows[0] and "dtype" in columns(rows)
 
 
