@@ -1,18 +1,20 @@
-"""Make a draft from any Llama- or Qwen-family target: some of its layers, trained to say and look as it does.
+"""Train a draft that was built from a target's layers (`distill_build.py`) to say and look as the target does.
 
 The draft keeps the target's width and uses its embeddings and head, or some rows of it (frozen, never saved). What a
-step reads is a function of (seed, step) alone, so a run that is killed and resumed ends with the same weights.
+step does follows from (seed, step) alone, so a run that is killed and resumed ends with the same weights.
 """
 
-import copy
 import hashlib
 import json
-import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,139 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .distill_data import Lessons
+from .distill_curriculum import Curriculum, Settings
 from .distill_loss import NAME, LogitDivergence, RowRecorder, attention_divergence, hidden_states, initial_mixture
 from .errors import UserError
-from .trimmed_head import IDS_KEY, trim_head
+from .sources import resolve
+from .trimmed_head import IDS_KEY
 from .weights import fingerprint
 
 SHARED = ("embed_tokens", "lm_head")
 MIXTURE_LR = 30  # the mixture's logits learn this much faster than the draft's weights
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
-
-
-@dataclass(frozen=True)
-class Settings:
-    layers: list[int]  # target layers that the draft starts from
-    tokens: int  # trained on in all; fixes the schedule
-    batch_size: int = 4  # sequences a step; a long step has one
-    long_every: int = 8  # every so many steps is a long one; 0: never
-    answers_share: float = 0.5  # of the short sequences
-    lr: float = 1e-3
-    warmup: float = 0.05  # share of the steps
-    attention_loss_weight: float = 0.5
-    loss_temperature: float = 1.0  # of both distributions in the KL
-    average: float = 0.98  # decay of the running mean of the weights that is exported
-    gradient_checkpointing: bool = False
-    checkpoint_minutes: float = 5.0
-    seed: int = 0
-
-    def learning_rate(self, step: int, steps: int) -> float:
-        """Linear warm-up, then a cosine to a fiftieth."""
-        warm = max(1, round(self.warmup * steps))
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
-
-
-@dataclass
-class Curriculum:
-    """Which lessons a step reads. answers and long may be missing."""
-
-    text: Lessons
-    answers: Lessons | None
-    long: Lessons | None
-    settings: Settings
-
-    def __post_init__(self) -> None:
-        s = self.settings
-        self.every = s.long_every if self.long is not None else 0
-        self.share = s.answers_share if self.answers is not None else 0.0
-        self.short_tokens = s.batch_size * self.text.ids.shape[1]
-        self.long_tokens = self.long.ids.shape[1] if self.long is not None else 0
-
-    def tokens(self, steps: int) -> int:
-        """Seen in the first `steps` steps."""
-        long = steps // self.every if self.every else 0
-        return (steps - long) * self.short_tokens + long * self.long_tokens
-
-    @property
-    def steps(self) -> int:
-        cycle = self.every or 1
-        return max(1, round(self.settings.tokens * cycle / self.tokens(cycle)))
-
-    def lesson(self, step: int) -> list[tuple[Lessons, list[int]]]:
-        """Groups of sequences of equal length and their indices."""
-        s, before = self.settings, step // self.every if self.every else 0
-        if self.every and step % self.every == self.every - 1:
-            assert self.long is not None
-            return [(self.long, self.long.pick(before, 1, s.seed))]
-        first, last = (step - before) * s.batch_size, (step - before + 1) * s.batch_size
-        answered = [math.floor(n * self.share) for n in (first, last)]
-        groups = []
-        if self.answers is not None and answered[1] > answered[0]:
-            groups.append((self.answers, self.answers.pick(answered[0], answered[1] - answered[0], s.seed)))
-        plain = [n - a for n, a in zip((first, last), answered, strict=True)]
-        if plain[1] > plain[0]:
-            groups.append((self.text, self.text.pick(plain[0], plain[1] - plain[0], s.seed)))
-        return groups
-
-    def read(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """ids (B, T), positions (R,) of the rows, and what the target made of them."""
-        groups = self.lesson(step)
-        parts = [lessons.read(picks) for lessons, picks in groups]
-        wanted = {name: torch.cat([answer[name] for _, answer in parts]) for name in parts[0][1]}
-        return torch.cat([ids for ids, _ in parts]), groups[0][0].positions, wanted
-
-
-def build_draft(target: PreTrainedModel, layers: list[int], token_ids: Tensor | None = None) -> PreTrainedModel:
-    """A float32 copy of the given layers and the final norm, over the target's own embeddings and head.
-
-    token_ids (S,): the tokens that the draft's head can propose; None: all.
-    """
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in layers]
-    with torch.device("meta"):
-        draft = type(target)(config)
-    base, source = draft.base_model, target.base_model
-    base.layers = nn.ModuleList(copy.deepcopy(source.layers[i]).float() for i in layers)
-    for index, layer in enumerate(base.layers):
-        layer.self_attn.layer_idx, layer.self_attn.config = index, config  # one config decides the attention
-    base.norm, base.rotary_emb = copy.deepcopy(source.norm).float(), copy.deepcopy(source.rotary_emb)
-    base.embed_tokens = source.embed_tokens
-    base.embed_tokens.requires_grad_(False)
-    target.get_output_embeddings().requires_grad_(False)
-    draft.set_output_embeddings(target.get_output_embeddings())
-    if token_ids is not None:
-        trim_head(draft, token_ids)
-    for parameters in (base.layers.parameters(), base.norm.parameters()):
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-    return draft
-
-
-def even_layers(num_layers: int, count: int) -> list[int]:
-    """The first layer and `count` - 1 spread evenly from the second to the last one."""
-    return [0, *torch.linspace(num_layers - 1, 1, count - 1).round().int().flip(0).tolist()]
-
-
-@torch.no_grad()
-def busiest_layers(target: PreTrainedModel, count: int, ids: Tensor) -> list[int]:
-    """The `count` layers that turn the residual stream most on `ids` (B, T): largest mean angle between what goes in
-    and what comes out ("block influence", ShortGPT, arXiv 2403.03853)."""
-    turned: list[float] = []
-
-    def compare(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        cosine = nn.functional.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
-        turned.append(1 - cosine.mean().item())
-
-    hooks = [layer.register_forward_hook(compare) for layer in target.base_model.layers]
-    target.base_model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return sorted(sorted(range(len(turned)), key=lambda i: -turned[i])[:count])
 
 
 def own_parameters(draft: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -162,7 +41,7 @@ def own_parameters(draft: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 def earlier_weights(directory: str) -> dict[str, Tensor]:
     """Of a draft, or of the checkpoint in the output_dir of an earlier run, which has the head mixture too."""
-    path = Path(directory).expanduser()
+    path = _directory(directory)
     try:
         if not (path / "checkpoint.safetensors").exists():
             return {name: w for name, w in load_file(path / "model.safetensors").items() if name != IDS_KEY}
@@ -173,13 +52,17 @@ def earlier_weights(directory: str) -> dict[str, Tensor]:
     return means | {"mixture": kept["parameter.mixture"]}
 
 
-def earlier_layers(directory: str) -> list[int] | None:
-    """The target's layers that an earlier draft was made of; None: it does not say."""
-    path = Path(directory).expanduser()
+def earlier_facts(directory: str) -> dict[str, Any]:
+    """What an earlier draft says of its training, as `export` wrote it; empty: nothing."""
+    path = _directory(directory)
     for file in (path / "config.json", path / "draft" / "config.json"):
         if file.exists():
-            return (json.loads(file.read_text(encoding="utf-8")).get("specsmallkv_draft") or {}).get("target_layers")
-    return None
+            return json.loads(file.read_text(encoding="utf-8")).get("specsmallkv_draft") or {}
+    return {}
+
+
+def _directory(source: str) -> Path:
+    return resolve(source) if source.startswith("package:") else Path(source).expanduser()
 
 
 class Trainer:
@@ -207,7 +90,7 @@ class Trainer:
 
     def start_from(self, directory: str) -> None:
         """Take the weights of an earlier draft of the same layers."""
-        weights, layers = earlier_weights(directory), earlier_layers(directory)
+        weights, layers = earlier_weights(directory), earlier_facts(directory).get("target_layers")
         own = {name: p for name, p in self.parameters.items() if name in weights or name != "mixture"}
         same = {name: w.shape for name, w in weights.items()} == {name: p.shape for name, p in own.items()}
         if not same or layers not in (None, self.settings.layers):
@@ -264,7 +147,7 @@ class Trainer:
         tensors |= {f"average.{name}": mean for name, mean in self.averages.items()}
         for name, p in self.parameters.items():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
-        save_atomically(tensors, path, {"step": str(self.step), "settings": self._identity()})
+        save_atomically(tensors, path, {"step": str(self.step), "settings": json.dumps(self._identity())})
 
     def load(self, path: Path) -> None:
         try:
@@ -272,11 +155,13 @@ class Trainer:
         except SafetensorError as error:
             raise UserError(f"checkpoint {path} cannot be read ({error}); remove it to start anew.") from error
         with opened as file:
-            facts = file.metadata()
-            if facts["settings"] != self._identity():
+            facts, own = file.metadata(), self._identity()
+            then = json.loads(facts["settings"])
+            if changed := [key for key in sorted(own | then) if own.get(key) != then.get(key)]:
                 raise UserError(
-                    f"checkpoint {path} belongs to other settings; set them as they were (layers named by number: "
-                    "task.layer_choice), or set task.resume=false or another output_dir."
+                    f"checkpoint {path} belongs to other settings ({', '.join(changed)}); set them as they were, or "
+                    f"go on from it elsewhere: another task.output_dir, with answers.jsonl copied there, and "
+                    f"task.start_from={path.parent}."
                 )
             for name, mean in self.averages.items():
                 mean.copy_(file.get_tensor(f"average.{name}"))
@@ -286,13 +171,17 @@ class Trainer:
                 self.optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device) for key in keys}
         self.step = int(facts["step"])
 
-    def _identity(self) -> str:
-        c = self.curriculum
-        data = [lessons.digest for lessons in (c.text, c.answers, c.long) if lessons is not None]
-        head, target = len(self.draft.get_output_embeddings().weight), fingerprint(self.target)
-        besides = {"checkpoint_minutes": None, "data": data, "head": head, "target": target}
-        besides |= {"origin": self.origin} if self.origin else {}
-        return json.dumps(asdict(self.settings) | besides)
+    def _identity(self) -> dict[str, Any]:
+        """All that decides what a step does; under equal ones a checkpoint goes on as the run would have."""
+        c, ids = self.curriculum, getattr(self.draft.get_output_embeddings(), IDS_KEY, None)
+        return asdict(self.settings) | {
+            "checkpoint_minutes": None,
+            "texts and answers": [lessons.digest for lessons in (c.text, c.answers, c.long) if lessons is not None],
+            "head_tokens": None if ids is None else hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16],
+            "target": fingerprint(self.target),
+            "dtype": str(self.target.dtype),
+            "start_from": self.origin,
+        }
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -301,18 +190,32 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
     os.replace(partial, path)
 
 
+@contextmanager
+def ctrl_c_waits() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted and told, so that a step is done whole; not outside of the main thread, where none arrives."""
+    asked: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(
     trainer: Trainer,
     output_dir: Path,
     on_step: Callable[[int, dict[str, float]], None],
     on_checkpoint: Callable[[], None],
 ) -> None:
-    """Run to the last step; every few minutes write `checkpoint.safetensors` and call back."""
+    """Run to the last step; every few minutes, and at Ctrl-C, write `checkpoint.safetensors` and call back."""
     saved, path = time.monotonic(), output_dir / "curve.jsonl"
     cut = trainer.step and path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a" if trainer.step else "w") as curve:
+    with path.open("a" if trainer.step else "w") as curve, ctrl_c_waits() as interrupted:
         curve.write("\n" if cut else "")  # a kill, or a full disk, may have cut the last line
-        while trainer.step < trainer.steps:
+        while trainer.step < trainer.steps and not interrupted():
             losses = trainer.train_step()
             curve.write(json.dumps({"step": trainer.step, "tokens": trainer.tokens, **losses}) + "\n")
             curve.flush()
@@ -321,8 +224,10 @@ def train(
                 trainer.save(output_dir / "checkpoint.safetensors")
                 on_checkpoint()
                 saved = time.monotonic()
-    trainer.save(output_dir / "checkpoint.safetensors")
-    on_checkpoint()
+        trainer.save(output_dir / "checkpoint.safetensors")
+        on_checkpoint()
+        if interrupted():
+            raise KeyboardInterrupt
 
 
 def export(trainer: Trainer, directory: Path, facts: dict[str, object]) -> None:

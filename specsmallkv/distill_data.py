@@ -49,6 +49,7 @@ class Lessons:
         count, length = self.ids.shape
         stride = max(1, length // NUM_ROWS)
         self.positions = torch.arange(stride - 1, length, stride)[:NUM_ROWS]
+        self.drawn: tuple[tuple[int, int], Tensor] | None = None  # the order that was asked for last
         self.digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:16]
         config = self.target.config
         heads = config.num_hidden_layers * config.num_attention_heads
@@ -69,11 +70,22 @@ class Lessons:
 
     def pick(self, draw: int, count: int, seed: int) -> list[int]:
         """Indices of draws `draw`, ...: every sequence once before any comes again."""
-        total, picks = len(self.ids), []
-        for index in range(draw, draw + count):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index // total)
-            picks.append(int(torch.randperm(total, generator=generator)[index % total]))
-        return picks
+        total = len(self.ids)
+        return [int(self._order(seed, index // total)[index % total]) for index in range(draw, draw + count)]
+
+    def _order(self, seed: int, reading: int) -> Tensor:
+        """(N,): in which order the sequences come in their n-th reading."""
+        if self.drawn is None or self.drawn[0] != (seed, reading):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + reading)
+            self.drawn = (seed, reading), torch.randperm(len(self.ids), generator=generator)
+        return self.drawn[1]
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the directory will take when the target has read every sequence."""
+        if self.directory is None:
+            return 0
+        return int((self.done == 0).sum()) * sum(kept[0].nbytes for kept in self.kept.values())
 
     def read(self, picks: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """ids (B, T) and the target's hidden (B, T, d) and rows (B, A, R, T), float16 as they are kept."""

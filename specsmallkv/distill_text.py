@@ -43,7 +43,7 @@ def sample_batch(
 ) -> list[list[int]]:
     """The target's continuation of each prompt, its end-of-sequence token included; rows that end leave the batch."""
     answers: list[list[int]] = [[] for _ in prompts]
-    ids, mask = left_padded(prompts, pad=min(eos))
+    ids, mask = left_padded(prompts, pad=min(eos, default=0))
     heat, rows, cache = torch.tensor(temperatures), torch.arange(len(prompts)), None
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for _ in range(max_new_tokens):

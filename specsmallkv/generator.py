@@ -10,10 +10,10 @@ and counters into figures.
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from .backends import check_selection, choose_backend
+from .chat_template import render
 from .config import ModelConfig
 from .controller import Controller
 from .decode import Decoder
@@ -150,19 +150,7 @@ class SpecSmallKV:
 
     def render(self, prompt: str | Messages, chat: bool | None = None) -> tuple[str, bool]:
         """The text that is tokenised, and whether the tokenizer adds its special tokens to it."""
-        tokenizer = self.pair.tokenizer
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if not has_template and (chat or not isinstance(prompt, str)):
-            raise UserError(
-                f"The target ({self.pair.target_origin}) has no chat template; give a plain prompt and chat=false."
-            )
-        if isinstance(prompt, str) and (not has_template or chat is False):
-            return prompt, True
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), False
-        except TemplateError as error:  # many templates refuse a role, or an order of roles
-            raise UserError(f"The chat template refuses the messages ({error}); correct their roles.") from error
+        return render(self.pair.tokenizer, self.pair.target_origin, prompt, chat)
 
     def stream(
         self, prompt: str | Messages | list[int], continues: Generation | None = None, **settings: Any

@@ -1,4 +1,4 @@
-"""Running text from a data set of the hub: `hub:REPOSITORY?config=NAME&split=train&field=text&rows=10000`.
+"""Running text from a file, or from a data set: `hub:REPOSITORY?config=NAME&split=train&field=text&rows=10000`.
 
 The optional `datasets` library reads it row by row, so that only as much is fetched as is asked for. A local directory
 of JSONL, Parquet or text files is a repository too.
@@ -8,10 +8,18 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
+from transformers import PreTrainedTokenizerBase
+
 from .errors import UserError
+from .prompts import read_text
 
 SCHEME = "hub:"
 DEFAULTS = {"config": "", "split": "train", "field": "text", "rows": "10000"}
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, key: str, source: str) -> list[int]:
+    """Token ids of a text file or a `hub:` source. Raises UserError."""
+    return tokenizer(hub_text(key, source) if source.startswith(SCHEME) else read_text(key, source))["input_ids"]
 
 
 def hub_text(key: str, source: str) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from signal import SIGINT
 from xml.etree import ElementTree
 
 import pytest
@@ -11,17 +13,9 @@ from safetensors import safe_open
 
 from specsmallkv import load_policy
 from specsmallkv.decode import Decoder
-from specsmallkv.distill import (
-    Curriculum,
-    Settings,
-    Trainer,
-    build_draft,
-    busiest_layers,
-    even_layers,
-    export,
-    own_parameters,
-    train,
-)
+from specsmallkv.distill import Trainer, export, own_parameters, train
+from specsmallkv.distill_build import build_draft, busiest_layers, even_layers
+from specsmallkv.distill_curriculum import Curriculum, Settings
 from specsmallkv.distill_data import Lessons, cut_conversations, cut_text
 from specsmallkv.distill_loss import (
     NAME,
@@ -55,8 +49,8 @@ def curriculum(target, settings: Settings, directory=None) -> Curriculum:
     return Curriculum(text, answers, long, settings)
 
 
-def trainer(architecture: str = "llama", directory=None, head=None, **changes) -> Trainer:
-    settings, target = dataclasses.replace(SETTINGS, **changes), tiny_model(architecture, seed=1)
+def trainer(architecture: str = "llama", directory=None, head=None, device="cpu", **changes) -> Trainer:
+    settings, target = dataclasses.replace(SETTINGS, **changes), tiny_model(architecture, seed=1).to(device)
     draft = build_draft(target, settings.layers, head)
     return Trainer(target, draft, curriculum(target, settings, directory), settings)
 
@@ -81,14 +75,31 @@ def assert_equal_state(left: Trainer, right: Trainer) -> None:
         assert torch.equal(mean, right.averages[name]), name
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_killed_and_resumed_training_ends_with_the_same_weights(tmp_path, kept):
+@pytest.mark.parametrize(("kept", "steps"), [(False, 3), (True, 1), (True, 3), (True, 5)])
+def test_killed_and_resumed_training_ends_with_the_same_weights(tmp_path, kept, steps):
     straight = run(trainer(directory=tmp_path / "straight" if kept else None, head=HEAD), 6)
     killed = tmp_path / "killed" if kept else None
-    run(trainer(directory=killed, head=HEAD), 3).save(tmp_path / "checkpoint.safetensors")
+    run(trainer(directory=killed, head=HEAD), steps).save(tmp_path / "checkpoint.safetensors")
     resumed = trainer(directory=killed, head=HEAD)
     resumed.load(tmp_path / "checkpoint.safetensors")
-    assert_equal_state(straight, run(resumed, 3))
+    assert_equal_state(straight, run(resumed, 6 - steps))
+
+
+def test_ctrl_c_waits_for_the_step_and_its_checkpoint_goes_on(tmp_path):
+    stopped = trainer(checkpoint_minutes=60.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, tmp_path, lambda step, _: os.kill(os.getpid(), SIGINT) if step == 2 else None, lambda: None)
+    resumed = trainer()
+    resumed.load(tmp_path / "checkpoint.safetensors")
+    assert resumed.step == stopped.step == 2
+    assert_equal_state(run(trainer(), 6), run(resumed, 4))
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_does_what_training_on_a_cpu_does():
+    losses = [measured(run(trainer(device=device, head=HEAD), 6)) for device in ("cpu", "cuda")]
+    for name, value in losses[0].items():
+        assert losses[1][name] == pytest.approx(value, rel=0.05), name
 
 
 def test_what_the_target_said_is_read_from_disk_and_not_computed_again(tmp_path, monkeypatch):
@@ -147,8 +158,44 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run(trainer(), 1).save(tmp_path / "checkpoint.safetensors")
-    with pytest.raises(UserError, match="other settings"):
-        trainer(lr=1e-4).load(tmp_path / "checkpoint.safetensors")
+    for changes, told in (({"lr": 1e-4}, "lr"), ({"head": HEAD}, "head_tokens"), ({"seed": 4, "lr": 1.0}, "lr, seed")):
+        with pytest.raises(UserError, match=rf"belongs to other settings \({told}\); .* task.start_from={tmp_path}"):
+            trainer(**changes).load(tmp_path / "checkpoint.safetensors")
+    other = trainer()
+    other.target = other.target.double()
+    with pytest.raises(UserError, match=r"other settings \(dtype\)"):
+        other.load(tmp_path / "checkpoint.safetensors")
+
+
+def test_a_targets_dropout_is_not_trained_with():
+    target = tiny_model(seed=1)
+    for layer in target.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    losses = []
+    for _ in range(2):
+        draft = build_draft(target, SETTINGS.layers)
+        losses.append(run(Trainer(target, draft, curriculum(target, SETTINGS), SETTINGS), 2).mixture.detach().clone())
+    assert torch.equal(*losses)
+
+
+def test_answers_alone_can_be_trained_on():
+    target, ids = tiny_model(seed=1), token_ids()
+    talks = Lessons(cut_conversations([ids[i : i + 11] for i in range(0, 200, 11)], 16), target, None, True)
+    alone = Curriculum(None, talks, None, SETTINGS)
+    a_trainer = run(Trainer(target, build_draft(target, SETTINGS.layers), alone, SETTINGS), 3)
+    assert [kind is talks for kind, _ in alone.lesson(0)] == [True]
+    assert a_trainer.tokens == 3 * 64 and list(alone.readings) == ["answers"]
+
+
+def test_how_often_each_kind_is_read_adds_up_to_what_the_steps_read():
+    lessons = trainer(answers_share=0.25).curriculum
+    read = {"text": 0, "answers": 0, "long": 0}
+    kinds = {id(getattr(lessons, kind)): kind for kind in read}
+    for step in range(lessons.steps):
+        for kind, picks in lessons.lesson(step):
+            read[kinds[id(kind)]] += len(picks)
+    told = {kind: round(times * len(part.ids)) for kind, (part, times) in lessons.readings.items()}
+    assert told == read and sum(read.values()) == 5 * 4 + 1
 
 
 def test_a_checkpoint_that_started_from_another_draft_is_refused(tmp_path):

@@ -16,11 +16,9 @@ import torch
 
 from specsmallkv import generator, models, wheel
 from specsmallkv.decode import Decoder
-from specsmallkv.errors import UserError
 from specsmallkv.presets import names
 from specsmallkv.record import CONTRACT_KEYS
 from specsmallkv.run import main
-from specsmallkv.tasks import distill
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["+model=tiny-random", "max_new_tokens=6"]
@@ -153,83 +151,6 @@ def test_ctrl_c_leaves_the_page_of_what_there_was(run, tmp_path, monkeypatch):
     assert (code, record["interrupted"], Path(record["report"]).is_file()) == (130, True, True)
     shown = Path(record["report"]).read_text(encoding="utf-8")
     assert '"interrupted":true' in shown and '"seed":0' in shown
-
-
-# What task=distill refuses
-
-
-@pytest.mark.parametrize(
-    ("override", "sentence"),
-    [
-        *((f"task.{key}={value}", f"task.{key}={value} is not possible; give ") for key, value in [
-            ("tokens", 0), ("seq_len", 1), ("batch_size", 0), ("long_every", -1), ("answers_share", 1.5), ("lr", 0.0),
-            ("warmup", -0.1), ("attention_loss_weight", -1.0), ("temperature", -1.0), ("checkpoint_minutes", -1.0),
-            ("lr", float("nan")), ("repeats", 0), ("loss_temperature", 0.0), ("long_len", 1), ("average", 1.5),
-        ]),
-        ("task.layers=[]", "task.layers=[] does not fit a target of 2 layers; name some of 0-1, or how many."),
-        ("task.layers=[2]", "task.layers=[2] does not fit a target of 2 layers; name some of 0-1, or how many."),
-        ("task.layers=[a]", "task.layers=['a'] does not fit a target of 2 layers; name some of 0-1, or how many."),
-        ("task.text_files=[nope]", "task.text_files=nope does not exist; give the path of a text file."),
-        ("task.text_files=[empty]", "task.text_files=empty is empty; put the text into it."),
-        ("task.text_files=[]", "task=distill needs task.text_files=[FILE,...] and task.output_dir=DIR; set both."),
-        ("task.eval_text_file=short", "task.eval_text_file=short is too short; give 512 tokens."),
-        ("task.layer_choice=odd", "task.layer_choice=odd is unknown; choose one of even, busiest."),
-        ("task.layers=3", "task.layers=3 does not fit a target of 2 layers; name some of 0-1, or how many."),
-        ("task.head_tokens=1", "task.head_tokens=1 is below the "),
-        ("task.start_from=nope", "task.start_from=nope cannot be read ("),
-        ("task.prompts_file=nope", "task.prompts_file=nope does not exist; give the path of a text file."),
-        ("task.prompts_file=other", 'task.prompts_file=other line 1 is {"a": 1}; write {"prompt": ...}'),
-        ("task.prompts_file=long", "task.prompts_file=long has no prompt below 320 tokens; give shorter ones."),
-        ("task.output_dir=empty", "empty: File exists; check the path"),
-    ],
-)  # fmt: skip
-def test_distill_refuses_what_it_cannot_use(run, tmp_path, text_file, override, sentence):
-    for name, text in {
-        "empty": "",
-        "short": "ab",
-        "other": '{"a": 1}',
-        "long": f'{{"prompt": "{400 * "a"}"}}',
-    }.items():
-        (tmp_path / name).write_text(text)
-    code, found, _, err = run("task=distill", *arguments("distill", text_file), override, "quiet=true")
-    assert (code, found, len(err.splitlines())) == (2, [], 1)
-    assert err.startswith(sentence)
-
-
-def test_distill_keeps_answers_that_were_written_whole(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    by = {"target": "a", "seed": 0, "temperature": 0.8}
-    lines = [json.dumps(by | {"prompt_ids": [number], "answer_ids": [1, number]}) + "\n" for number in range(3)]
-    path.write_text("".join(lines)[:-5])  # killed while it wrote the last line
-    assert distill.read_answers(path, by) == {(0,): [1, 0], (1,): [1, 1]}
-    assert path.read_text() == "".join(lines[:2])
-    for other in ({"target": "b"}, {"seed": 1}, {"temperature": 0.0}):
-        assert distill.read_answers(path, by | other) == {}  # they are not its own
-    assert path.read_text() == "".join(lines[:2])
-    path.write_text("[]\n")
-    with pytest.raises(UserError, match="holds no answers"):
-        distill.read_answers(path, by)
-
-
-def test_distill_asks_the_target_only_for_answers_that_it_lacks(run, tmp_path, text_file, monkeypatch):
-    asked, rows = [], [f'{{"prompt": "{word}"}}\n' for word in ("Hello", "Why is it so?", "Go on")]
-    monkeypatch.setattr(
-        distill, "sample_batch", lambda target, prompts, *_: asked.append(len(prompts)) or [[65, 66]] * len(prompts)
-    )
-    for count in (2, 3, 3):
-        (tmp_path / "asked.jsonl").write_text("".join(rows[:count]))
-        (tmp_path / "distilled" / "checkpoint.safetensors").unlink(missing_ok=True)
-        more = [f"task.prompts_file={tmp_path / 'asked.jsonl'}", "quiet=true"]
-        assert run("task=distill", *arguments("distill", text_file), *more)[0] == 0
-    assert asked == [2, 1]
-
-
-def test_a_damaged_checkpoint_is_one_sentence(run, tmp_path, text_file):
-    (tmp_path / "distilled").mkdir()
-    (tmp_path / "distilled" / "checkpoint.safetensors").write_bytes(b"half a file")
-    code, _, _, err = run("task=distill", *arguments("distill", text_file), "quiet=true")
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "checkpoint.safetensors cannot be read (" in err and "remove it to start anew." in err
 
 
 # Ctrl-C
