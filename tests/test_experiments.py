@@ -19,7 +19,7 @@ from specsmallkv.run import main
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-SUPPORT = {"plotting", "keep", "results_table"}
+SUPPORT = {"plotting", "keep", "results_table", "draft_quality"}
 SCRIPTS = sorted(set(re.findall(r"python experiments/(\w+)\.py", README)) - SUPPORT)
 PICTURES = sorted(path.stem for path in (FOLDER / "pictures").glob("*.svg"))
 ROWS = [line for line in README.splitlines() if line.startswith("| ") and line.count(" | ") == 4][1:]

@@ -1,0 +1,84 @@
+"""How often a draft says what its target says: on a text, and along the target's greedy answers to prompts.
+
+    python experiments/draft_quality.py [--model NAME] [--draft DIR] [--text FILE] [--prompts FILE] [--whole-head]
+
+Agreement is the share of positions with the same most likely token, with its 95% interval (bootstrap over pieces of
+512 tokens, or answers); acceptance is what greedy speculation with 3 drafts has along these answers. float32. Without
+files: the package's beginning of Moby-Dick and its sixteen MT-Bench first turns. --whole-head: the draft with all rows
+of the target's head, to tell what a trimmed one costs.
+"""
+
+import argparse
+import json
+
+import torch
+
+from specsmallkv.chat_template import render
+from specsmallkv.config import ModelConfig
+from specsmallkv.distill_data import cut_text
+from specsmallkv.distill_report import agreed_tokens, hidden_argmax, speculate
+from specsmallkv.distill_text import sample_batch
+from specsmallkv.hub_text import tokens_of
+from specsmallkv.intervals import bootstrap
+from specsmallkv.models import ModelPair, load_pair
+from specsmallkv.presets import load_model_settings
+from specsmallkv.prompts import read_text
+
+LENGTH, PIECES, ANSWER_TOKENS, DRAFTS = 512, 20, 128, 3
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a preset of conf/model")
+    parser.add_argument("--draft", help="instead of the preset's: what task=distill wrote")
+    parser.add_argument("--text", default="package:data/benchmarks/text.txt", help="UTF-8")
+    parser.add_argument("--prompts", default="package:data/benchmarks/mt_bench.jsonl", help='{"prompt"} or {"turns"}')
+    parser.add_argument("--whole-head", action="store_true")
+    return parser.parse_args()
+
+
+def load(model: str, draft: str | None, whole_head: bool) -> ModelPair:
+    settings = load_model_settings(model) | {"dtype": "float32", "linear": "torch", "compile": None}
+    pair = load_pair(ModelConfig(name=model, **settings | ({"draft": draft} if draft else {})), need_draft=True)
+    if whole_head:
+        assert pair.draft is not None
+        pair.draft.set_output_embeddings(pair.target.get_output_embeddings())
+    return pair
+
+
+def share(values: list[float]) -> dict[str, object]:
+    return {"mean": sum(values) / len(values), "interval": bootstrap(values), "n": len(values)}
+
+
+def on_text(pair: ModelPair, source: str) -> dict[str, object]:
+    pieces = cut_text(tokens_of(pair.tokenizer, "--text", source), LENGTH, PIECES).long().to(pair.target.device)
+    same = [hidden_argmax(pair.target, ids) == hidden_argmax(pair.draft, ids) for ids in pieces.split(1)]
+    return share([piece.float().mean().item() for piece in same])
+
+
+def on_answers(pair: ModelPair, source: str) -> dict[str, object]:
+    rows = [json.loads(line) for line in read_text("--prompts", source).splitlines() if line.strip()]
+    asked = [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
+    texts = [render(pair.tokenizer, pair.target_origin, prompt) for prompt in asked]
+    prompts = [pair.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+    greedy = torch.Generator()
+    answers = sample_batch(pair.target, prompts, [0.0] * len(prompts), ANSWER_TOKENS, pair.eos_token_ids, greedy)
+    agreed = agreed_tokens(pair.draft, prompts, answers)
+    rounds = [speculate(own, DRAFTS, ANSWER_TOKENS) for own in agreed]
+    return {
+        "tokens": sum(map(len, agreed)),
+        "agreement": sum(map(sum, agreed)) / sum(map(len, agreed)),
+        "of_an_answer": share([sum(own) / len(own) for own in agreed if own]),
+        "acceptance_rate": sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds),
+        "tokens_per_verify_pass": sum(r.emitted for r in rounds) / sum(r.passes for r in rounds),
+    }
+
+
+def main() -> None:
+    given = arguments()
+    pair = load(given.model, given.draft, given.whole_head)
+    print(json.dumps({"text": on_text(pair, given.text), "answers": on_answers(pair, given.prompts)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
