@@ -124,6 +124,7 @@ def test_every_sequence_is_read_before_any_comes_again_and_shares_are_kept():
     short = [group for step in range(16) if step % 4 != 3 for group in lessons.lesson(step)]
     plain = [i for kind, picks in short if kind is lessons.text for i in picks]
     assert sorted(plain[:9]) == sorted(plain[9:18]) == list(range(9))
+    assert plain[:9] != plain[9:18], "each reading has an order of its own"
     assert sum(len(picks) for kind, picks in short if kind is lessons.answers) == 12
     assert [len(ids) for ids in (lessons.read(step)[0] for step in (0, 3))] == [4, 1]
     assert lessons.tokens(4) == 4 * 64
@@ -183,7 +184,7 @@ def test_answers_alone_can_be_trained_on():
     talks = Lessons(cut_conversations([ids[i : i + 11] for i in range(0, 200, 11)], 16), target, None, True)
     alone = Curriculum(None, talks, None, SETTINGS)
     a_trainer = run(Trainer(target, build_draft(target, SETTINGS.layers), alone, SETTINGS), 3)
-    assert [kind is talks for kind, _ in alone.lesson(0)] == [True]
+    assert [(kind is talks, len(picks)) for kind, picks in alone.lesson(0)] == [(True, SETTINGS.batch_size)]
     assert a_trainer.tokens == 3 * 64 and list(alone.readings) == ["answers"]
 
 
