@@ -61,6 +61,16 @@ def earlier_facts(directory: str) -> dict[str, Any]:
     return {}
 
 
+def refuse_other_layers(directory: str, layers: list[int], same_shapes: bool = True) -> None:
+    """UserError if an earlier draft was made of other layers of the target, as far as it says."""
+    then = earlier_facts(directory).get("target_layers")
+    if not same_shapes or then not in (None, layers):
+        raise UserError(
+            f"task.start_from={directory} has other layers than {layers}, which task.layers asks for; leave it out, "
+            f"or set task.layers={then or '[...]'}."
+        )
+
+
 def _directory(source: str) -> Path:
     return resolve(source) if source.startswith("package:") else Path(source).expanduser()
 
@@ -90,14 +100,10 @@ class Trainer:
 
     def start_from(self, directory: str) -> None:
         """Take the weights of an earlier draft of the same layers."""
-        weights, layers = earlier_weights(directory), earlier_facts(directory).get("target_layers")
+        weights = earlier_weights(directory)
         own = {name: p for name, p in self.parameters.items() if name in weights or name != "mixture"}
         same = {name: w.shape for name, w in weights.items()} == {name: p.shape for name, p in own.items()}
-        if not same or layers not in (None, self.settings.layers):
-            raise UserError(
-                f"task.start_from={directory} has other layers than {self.settings.layers}, which task.layers asks "
-                f"for; leave it out, or set task.layers={layers or '[...]'}."
-            )
+        refuse_other_layers(directory, self.settings.layers, same)
         self.origin = hashlib.sha256(b"".join(w.float().numpy().tobytes() for w in weights.values())).hexdigest()[:16]
         for name, parameter in own.items():
             parameter.data.copy_(weights[name])

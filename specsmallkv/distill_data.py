@@ -50,7 +50,7 @@ class Lessons:
         stride = max(1, length // NUM_ROWS)
         self.positions = torch.arange(stride - 1, length, stride)[:NUM_ROWS]
         self.drawn: tuple[tuple[int, int], Tensor] | None = None  # the order that was asked for last
-        self.digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:16]
+        self.digest = hashlib.sha256(f"{tuple(self.ids.shape)}".encode() + self.ids.numpy().tobytes()).hexdigest()[:16]
         config = self.target.config
         heads = config.num_hidden_layers * config.num_attention_heads
         self.shapes: dict[str, tuple[int, ...]] = {"hidden": (length, config.hidden_size)}

@@ -109,6 +109,15 @@ def test_what_the_target_said_is_read_from_disk_and_not_computed_again(tmp_path,
     assert_equal_state(first, run(again, 6))
 
 
+def test_the_same_tokens_cut_otherwise_are_other_lessons(tmp_path):
+    target, ids = tiny_model("llama", seed=1), torch.tensor(token_ids(64), dtype=torch.int32)
+    target.set_attn_implementation(NAME)
+    short, long = (Lessons(ids.view(-1, length), target, tmp_path, True) for length in (16, 64))
+    assert short.digest != long.digest
+    short.read([0, 1, 2, 3])
+    assert torch.equal(long.read([0])[1]["hidden"], Lessons(ids[None], target, None, True).read([0])[1]["hidden"])
+
+
 def test_what_was_kept_without_rows_is_not_taken_for_rows(tmp_path):
     run(trainer(directory=tmp_path, attention_loss_weight=0.0), 6)
     assert_equal_state(run(trainer(directory=tmp_path), 6), run(trainer(), 6))

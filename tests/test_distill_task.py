@@ -144,8 +144,11 @@ def test_a_target_without_a_chat_template_is_asked_plainly():
 def test_a_draft_counts_the_tokens_of_the_runs_before_it(run):
     assert run("quiet=true")[0] == 0
     first = json.loads(Path("out/draft/config.json").read_text())["specsmallkv_draft"]["tokens"]
-    assert run("task.start_from=out", "task.output_dir=later", "task.layers=[0]", "quiet=true")[0] in (0, 2)
     layers = json.loads(Path("out/draft/config.json").read_text())["specsmallkv_draft"]["target_layers"]
+    other = ["task.output_dir=later", f"task.layers={[1 - layers[0]]}", "task.prompts_file=prompts.jsonl"]
+    code, _, err = run("task.start_from=out", *other, "quiet=true")
+    assert code == 2 and "task.start_from=out has other layers than " in err
+    assert not Path("later/answers.jsonl").exists(), "the target was asked before"
     assert run("task.start_from=out", "task.output_dir=more", f"task.layers={layers}", "quiet=true")[0] == 0
     later = json.loads(Path("more/draft/config.json").read_text())["specsmallkv_draft"]["tokens"]
     assert (first, later) == (64, 128)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention_form import refuse_windows
 from ..config import RunConfig
 from ..display import Display
-from ..distill import Trainer, earlier_facts, earlier_weights, export, train
+from ..distill import Trainer, earlier_facts, earlier_weights, export, refuse_other_layers, train
 from ..distill_build import build_draft, busiest_layers, even_layers
 from ..distill_curriculum import Curriculum, Settings
 from ..distill_data import Lessons, cut_conversations, cut_text
@@ -135,6 +135,8 @@ class DistillTask:
         texts, prompts, kept = material.texts, material.prompts, output / "answers.jsonl"
         layers = self._layers(pair, [token for ids in (texts or prompts) for token in ids[:MEASURED]])
         self._check_head(pair)
+        if self.start_from is not None:
+            refuse_other_layers(self.start_from, layers)
         talks = conversations(pair, prompts, kept, config.seed, self.temperature, display.console) if prompts else []
         settings = self._settings(config.seed, layers)
         curriculum = self._curriculum(pair, texts, talks, output, settings)
@@ -232,7 +234,7 @@ class DistillTask:
             if short:
                 raise UserError(f"task.{key} comes to only {found} tokens; give at least task.seq_len={self.seq_len}.")
         curriculum = Curriculum(text, lessons(answers) if len(answers) else None, long, settings)
-        check_disk(output, [lessons for lessons, _ in curriculum.readings.values()])
+        check_disk(output, curriculum)
         return curriculum
 
     def _tell(self, curriculum: Curriculum, console: Console) -> None:
@@ -269,9 +271,10 @@ class Material(NamedTuple):
     held_out: HeldOut
 
 
-def check_disk(output: Path, lessons: list[Lessons]) -> None:
+def check_disk(output: Path, curriculum: Curriculum) -> None:
     """What the target says is kept in files that grow as it reads; a full disk would end the run without a word."""
-    needed, free = sum(part.missing_bytes for part in lessons), shutil.disk_usage(output).free
+    needed = sum(lessons.missing_bytes * min(1.0, times) for lessons, times in curriculum.readings.values())
+    free = shutil.disk_usage(output).free
     if needed > free:
         raise UserError(
             f"task.output_dir={output} has {free / 2**30:.1f} GiB free, and what the target says of the sequences "

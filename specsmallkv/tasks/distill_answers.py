@@ -1,6 +1,7 @@
 """The target's own answers to the prompts of task=distill: asked for once, kept in `answers.jsonl`."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def read_answers(path: Path, made_by: dict[str, Any]) -> Answers:
         raise UserError(
             f"{path} holds no answers of an earlier run; remove it or set another task.output_dir."
         ) from None
-    path.write_text("".join(whole), encoding="utf-8")
+    if len(whole) < len(lines):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(whole), encoding="utf-8")
+        os.replace(partial, path)
     return answers
 
 
