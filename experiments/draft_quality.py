@@ -2,8 +2,8 @@
 
     python experiments/draft_quality.py [--model NAME] [--draft DIR] [--text FILE] [--prompts FILE] [--whole-head]
 
-Agreement is the share of positions with the same most likely token, with its 95% interval (bootstrap over pieces of
-512 tokens, or answers); acceptance is what greedy speculation with 3 drafts has along these answers. float32. Without
+Agreement is the share of positions with the same most likely token, on the text with its 95% interval (bootstrap over
+20 pieces of 512 tokens); acceptance is what greedy speculation with 3 drafts has along the answers. float32. Without
 files: the package's beginning of Moby-Dick and its sixteen MT-Bench first turns. --whole-head: the draft with all rows
 of the target's head, to tell what a trimmed one costs.
 """
@@ -11,20 +11,16 @@ of the target's head, to tell what a trimmed one costs.
 import argparse
 import json
 
-import torch
-
-from specsmallkv.chat_template import render
 from specsmallkv.config import ModelConfig
 from specsmallkv.distill_data import cut_text
-from specsmallkv.distill_report import agreed_tokens, hidden_argmax, speculate
-from specsmallkv.distill_text import sample_batch
+from specsmallkv.distill_report import hidden_argmax
 from specsmallkv.hub_text import tokens_of
 from specsmallkv.intervals import bootstrap
 from specsmallkv.models import ModelPair, load_pair
 from specsmallkv.presets import load_model_settings
-from specsmallkv.prompts import read_text
-
-LENGTH, PIECES, ANSWER_TOKENS, DRAFTS = 512, 20, 128, 3
+from specsmallkv.prompts import Request, read_text
+from specsmallkv.tasks.distill_answers import encode
+from specsmallkv.tasks.distill_held_out import LENGTH, SEQUENCES, HeldOut
 
 
 def arguments() -> argparse.Namespace:
@@ -46,32 +42,18 @@ def load(model: str, draft: str | None, whole_head: bool) -> ModelPair:
     return pair
 
 
-def share(values: list[float]) -> dict[str, object]:
-    return {"mean": sum(values) / len(values), "interval": bootstrap(values), "n": len(values)}
-
-
 def on_text(pair: ModelPair, source: str) -> dict[str, object]:
-    pieces = cut_text(tokens_of(pair.tokenizer, "--text", source), LENGTH, PIECES).long().to(pair.target.device)
+    pieces = cut_text(tokens_of(pair.tokenizer, "--text", source), LENGTH, SEQUENCES).long().to(pair.target.device)
     same = [hidden_argmax(pair.target, ids) == hidden_argmax(pair.draft, ids) for ids in pieces.split(1)]
-    return share([piece.float().mean().item() for piece in same])
+    shares = [piece.float().mean().item() for piece in same]
+    return {"agreement": sum(shares) / len(shares), "interval": bootstrap(shares), "pieces": len(shares)}
 
 
-def on_answers(pair: ModelPair, source: str) -> dict[str, object]:
+def on_answers(pair: ModelPair, source: str) -> dict[str, float | None]:
     rows = [json.loads(line) for line in read_text("--prompts", source).splitlines() if line.strip()]
     asked = [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
-    texts = [render(pair.tokenizer, pair.target_origin, prompt) for prompt in asked]
-    prompts = [pair.tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
-    greedy = torch.Generator()
-    answers = sample_batch(pair.target, prompts, [0.0] * len(prompts), ANSWER_TOKENS, pair.eos_token_ids, greedy)
-    agreed = agreed_tokens(pair.draft, prompts, answers)
-    rounds = [speculate(own, DRAFTS, ANSWER_TOKENS) for own in agreed]
-    return {
-        "tokens": sum(map(len, agreed)),
-        "agreement": sum(map(sum, agreed)) / sum(map(len, agreed)),
-        "of_an_answer": share([sum(own) / len(own) for own in agreed if own]),
-        "acceptance_rate": sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds),
-        "tokens_per_verify_pass": sum(r.emitted for r in rounds) / sum(r.passes for r in rounds),
-    }
+    prompts = [encode(pair, Request(prompt=prompt)) for prompt in asked]
+    return HeldOut(None, prompts).on_answers(pair, pair.draft)
 
 
 def main() -> None:

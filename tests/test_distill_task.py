@@ -133,9 +133,10 @@ def test_texts_that_are_read_over_and_over_are_told(run):
 
 
 def test_a_target_without_a_chat_template_is_asked_plainly():
-    tokenizer = SimpleNamespace(chat_template=None)
-    pair = SimpleNamespace(tokenizer=lambda text, add_special_tokens: {"input_ids": [len(text), add_special_tokens]})
-    pair.tokenizer.chat_template, pair.target_origin = tokenizer.chat_template, "base"
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [len(text), add_special_tokens]}
+
+    pair = SimpleNamespace(tokenizer=tokenizer, target_origin="base")
     assert distill_answers.encode(pair, Request(prompt="abc")) == [3, True]
     with pytest.raises(UserError, match=r"The target \(base\) has no chat template"):
         distill_answers.encode(pair, Request(messages=[{"role": "user", "content": "abc"}]))

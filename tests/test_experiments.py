@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 
 from specsmallkv.cli import prepare_arguments
 from specsmallkv.config import CONFIG_DIR, check
-from specsmallkv.presets import build
+from specsmallkv.presets import build, load_model_settings
 from specsmallkv.run import main
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
@@ -230,3 +230,16 @@ def test_every_experiment_runs_and_its_scripts_draw_what_it_wrote(experiment, tm
         importlib.import_module(script).main()
         assert len(sentences(directory / f"{script}.svg")) > 2
     assert scripts or experiment == "budget-sweep"
+
+
+def test_a_draft_that_is_its_target_agrees_with_it_everywhere(monkeypatch, capsys, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Why?"}\n{"turns": ["How?", "And then?"]}\n')
+    monkeypatch.syspath_prepend(str(FOLDER))
+    target = load_model_settings("tiny-random")["target"]
+    argv = ["draft_quality", "--model", "tiny-random", "--draft", target, "--prompts", str(tmp_path / "asked.jsonl")]
+    monkeypatch.setattr(sys, "argv", argv)
+    importlib.import_module("draft_quality").main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["text"] == {"agreement": 1.0, "interval": [1.0, 1.0], "pieces": 20}
+    assert told["answers"]["answer_agreement"] == 1.0
+    assert 0.9 < told["answers"]["acceptance_rate"] <= 1.0, "an answer may end within a block"

@@ -254,7 +254,7 @@ class DistillTask:
             "steps": trainer.step,
             "tokens": trainer.tokens,
             **held_out.on_text(pair, trainer),
-            **held_out.on_answers(pair, trainer),
+            **held_out.on_answers(pair, trainer.draft),
         }
         (output / "report.json").write_text(json.dumps(report) + "\n")
         if curve := read_curve(output / "curve.jsonl"):

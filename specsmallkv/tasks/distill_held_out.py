@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..distill import Trainer
 from ..distill_data import cut_text
@@ -46,7 +47,7 @@ class HeldOut:
         same = agreement(pair.target, trainer.draft, ids)
         return {"agreement": same, "attention_recall": recalls[0], "attention_recall_target": recalls[1]}
 
-    def on_answers(self, pair: ModelPair, trainer: Trainer) -> dict[str, float | None]:
+    def on_answers(self, pair: ModelPair, draft: PreTrainedModel) -> dict[str, float | None]:
         """Along the target's greedy answers."""
         if self.prompts is None:
             return dict.fromkeys(("answer_agreement", "acceptance_rate", "acceptance_length"))
@@ -54,7 +55,7 @@ class HeldOut:
         for start in range(0, len(self.prompts), ANSWER_BATCH):
             batch, greedy = self.prompts[start : start + ANSWER_BATCH], torch.Generator()
             answers += sample_batch(pair.target, batch, [0.0] * len(batch), ANSWER_TOKENS, pair.eos_token_ids, greedy)
-        agreed = agreed_tokens(trainer.draft, self.prompts, answers)
+        agreed = agreed_tokens(draft, self.prompts, answers)
         rounds = [speculate(own, DRAFTS, ANSWER_TOKENS) for own in agreed]
         drafted, accepted, passes, emitted = (sum(column) for column in zip(*rounds, strict=True))
         return {
