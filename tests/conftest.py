@@ -1,6 +1,7 @@
 """A tiny random target and draft per architecture, float32 on CPU, whose greedy text is not degenerate."""
 
 import gc
+import logging
 import os
 
 import pytest
@@ -93,6 +94,18 @@ def imports_are_no_garbage():
     """Every run collects garbage, and would look through all of torch and transformers for it each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def a_command_takes_its_log_along():
+    """Hydra leaves its handlers at the root logger: the next warning of any test would go to a directory that is gone."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for left in set(root.handlers) - set(handlers):
+        root.removeHandler(left)
+        left.close()
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
