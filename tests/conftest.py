@@ -98,7 +98,7 @@ def imports_are_no_garbage():
 
 @pytest.fixture(autouse=True)
 def a_command_takes_its_log_along():
-    """Hydra leaves its handlers at the root logger: the next warning of any test would go to a directory that is gone."""
+    """Hydra leaves its handlers at the root logger: another test's warning would go to a directory that is gone."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield

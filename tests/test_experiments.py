@@ -243,3 +243,28 @@ def test_a_draft_that_is_its_target_agrees_with_it_everywhere(monkeypatch, capsy
     assert told["text"] == {"agreement": 1.0, "interval": [1.0, 1.0], "pieces": 20}
     assert told["answers"]["answer_agreement"] == 1.0
     assert 0.9 < told["answers"]["acceptance_rate"] <= 1.0, "an answer may end within a block"
+
+
+def test_the_steps_whose_time_is_compared_take_turns_behind_equally_many_tokens(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module, seen = importlib.import_module("draft_step"), []
+    run = module.Steps.run
+
+    def noted(self, name, token):
+        head = self.models[name].get_output_embeddings()
+        run(self, name, token)
+        seen.append((name, self.caches[name].seen, self.models[name].get_output_embeddings() is head))
+
+    monkeypatch.setattr(module.Steps, "run", noted)
+    target = load_model_settings("tiny-random")["target"]
+    argv = ["draft_step", "--model", "tiny-random", "--draft", target, "--context-tokens", "40", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    module.main()
+    told = json.loads(capsys.readouterr().out)
+    rounds = module.WARMUP + 2
+    assert [(name, length) for name, length, _ in seen] == [
+        (name, 41 + i) for i in range(rounds) for name in ("target", "draft", "whole_head")
+    ]
+    assert [kept for _, _, kept in seen[3:]] == [True, False, False] * (rounds - 1), "the draft's heads change places"
+    assert told["wall"].keys() == {"ms", "draft / target", "whole_head / target"}
+    assert all(value > 0 for value in told["wall"]["ms"].values())
