@@ -1,11 +1,12 @@
 """How often a draft says what its target says: on a text, and along the target's greedy answers to prompts.
 
-    python experiments/draft_quality.py [--model NAME] [--draft DIR] [--text FILE] [--prompts FILE] [--whole-head]
+    python experiments/draft_quality.py [--model NAME] [--target DIR] [--draft DIR] [--text FILE] [--prompts FILE]
+        [--whole-head]
 
-Agreement is the share of positions with the same most likely token, on the text with its 95% interval (bootstrap over
-20 pieces of 512 tokens); acceptance is what greedy speculation with 3 drafts has along the answers. float32. Without
-files: the package's beginning of Moby-Dick and its sixteen MT-Bench first turns. --whole-head: the draft with all rows
-of the target's head, to tell what a trimmed one costs.
+Agreement is the share of positions with the same most likely token, with its 95% interval (bootstrap over 20 pieces of
+512 tokens, or over prompts); acceptance is what greedy speculation with 3 drafts has along the answers. float32.
+Without files: the package's beginning of Moby-Dick and its sixteen MT-Bench first turns. --whole-head: the draft with
+all rows of the target's head, to tell what a trimmed one costs.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from specsmallkv.models import ModelPair, load_pair
 from specsmallkv.presets import load_model_settings
 from specsmallkv.prompts import Request, read_text
 from specsmallkv.tasks.distill_answers import encode
-from specsmallkv.tasks.distill_held_out import LENGTH, SEQUENCES, HeldOut
+from specsmallkv.tasks.distill_held_out import LENGTH, SEQUENCES, HeldOut, along
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="a preset of conf/model")
+    parser.add_argument("--target", help="instead of the preset's: a hub id or a directory")
     parser.add_argument("--draft", help="instead of the preset's: what task=distill wrote")
     parser.add_argument("--text", default="package:data/benchmarks/text.txt", help="UTF-8")
     parser.add_argument("--prompts", default="package:data/benchmarks/mt_bench.jsonl", help='{"prompt"} or {"turns"}')
@@ -33,10 +35,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(model: str, draft: str | None, whole_head: bool) -> ModelPair:
-    settings = load_model_settings(model) | {"dtype": "float32", "linear": "torch", "compile": None}
-    pair = load_pair(ModelConfig(name=model, **settings | ({"draft": draft} if draft else {})), need_draft=True)
-    if whole_head:
+def load(given: argparse.Namespace) -> ModelPair:
+    own = {key: value for key, value in (("target", given.target), ("draft", given.draft)) if value}
+    settings = load_model_settings(given.model) | {"dtype": "float32", "linear": "torch", "compile": None} | own
+    pair = load_pair(ModelConfig(name=given.model, **settings), need_draft=True)
+    if given.whole_head:
         assert pair.draft is not None
         pair.draft.set_output_embeddings(pair.target.get_output_embeddings())
     return pair
@@ -49,16 +52,20 @@ def on_text(pair: ModelPair, source: str) -> dict[str, object]:
     return {"agreement": sum(shares) / len(shares), "interval": bootstrap(shares), "pieces": len(shares)}
 
 
-def on_answers(pair: ModelPair, source: str) -> dict[str, float | None]:
+def on_answers(pair: ModelPair, source: str) -> dict[str, object]:
     rows = [json.loads(line) for line in read_text("--prompts", source).splitlines() if line.strip()]
     asked = [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
     prompts = [encode(pair, Request(prompt=prompt)) for prompt in asked]
-    return HeldOut(None, prompts).on_answers(pair, pair.draft)
+    assert pair.draft is not None
+    agreed = HeldOut(None, prompts).agreed(pair, pair.draft)
+    mean_length = sum(map(len, agreed)) / len(agreed)  # longer answers count for more
+    interval = bootstrap([sum(own) / mean_length for own in agreed])
+    return {**along(agreed), "interval": interval, "prompts": len(agreed)}
 
 
 def main() -> None:
     given = arguments()
-    pair = load(given.model, given.draft, given.whole_head)
+    pair = load(given)
     print(json.dumps({"text": on_text(pair, given.text), "answers": on_answers(pair, given.prompts)}, indent=2))
 
 

@@ -1,6 +1,7 @@
 """What one step of a draft costs beside one of its target: one token, one sequence, full caches.
 
-    python experiments/draft_step.py [--model NAME] [--draft DIR] [--context-tokens 1024] [--repeats 60]
+    python experiments/draft_step.py [--model NAME] [--target DIR] [--draft DIR] [--context-tokens 1024]
+        [--repeats 60]
 
 Steps alternate (target, draft, and, where both are as wide, the draft with all rows of the target's head) in one
 process, so that a machine whose speed drifts shows it to all alike. Medians of wall and CPU time in milliseconds,
@@ -29,6 +30,7 @@ WARMUP = 5  # rounds that are not counted: weights and caches are touched for th
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="a preset of conf/model")
+    parser.add_argument("--target", help="instead of the preset's: a hub id or a directory")
     parser.add_argument("--draft", help="instead of the preset's: what task=distill wrote")
     parser.add_argument("--text", default="package:data/benchmarks/text.txt", help="UTF-8, what the caches hold")
     parser.add_argument("--context-tokens", type=int, default=1024)
@@ -37,8 +39,8 @@ def arguments() -> argparse.Namespace:
 
 
 def load(given: argparse.Namespace) -> ModelPair:
-    settings = load_model_settings(given.model) | ({"draft": given.draft} if given.draft else {})
-    return load_pair(ModelConfig(name=given.model, **settings), need_draft=True)
+    own = {key: value for key, value in (("target", given.target), ("draft", given.draft)) if value}
+    return load_pair(ModelConfig(name=given.model, **(load_model_settings(given.model) | own)), need_draft=True)
 
 
 class Steps:

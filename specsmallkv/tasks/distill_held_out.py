@@ -51,15 +51,24 @@ class HeldOut:
         """Along the target's greedy answers."""
         if self.prompts is None:
             return dict.fromkeys(("answer_agreement", "acceptance_rate", "acceptance_length"))
+        return along(self.agreed(pair, draft))
+
+    def agreed(self, pair: ModelPair, draft: PreTrainedModel) -> list[list[bool]]:
+        """Of each token of the target's greedy answer to each prompt, whether the draft would have written it."""
         answers: list[list[int]] = []
-        for start in range(0, len(self.prompts), ANSWER_BATCH):
-            batch, greedy = self.prompts[start : start + ANSWER_BATCH], torch.Generator()
+        prompts = self.prompts or []
+        for start in range(0, len(prompts), ANSWER_BATCH):
+            batch, greedy = prompts[start : start + ANSWER_BATCH], torch.Generator()
             answers += sample_batch(pair.target, batch, [0.0] * len(batch), ANSWER_TOKENS, pair.eos_token_ids, greedy)
-        agreed = agreed_tokens(draft, self.prompts, answers)
-        rounds = [speculate(own, DRAFTS, ANSWER_TOKENS) for own in agreed]
-        drafted, accepted, passes, emitted = (sum(column) for column in zip(*rounds, strict=True))
-        return {
-            "answer_agreement": sum(map(sum, agreed)) / max(1, sum(map(len, agreed))),
-            "acceptance_rate": accepted / max(1, drafted),
-            "acceptance_length": emitted / max(1, passes),
-        }
+        return agreed_tokens(draft, prompts, answers)
+
+
+def along(agreed: list[list[bool]]) -> dict[str, float | None]:
+    """Agreement on the tokens of answers, and what greedy speculation with `DRAFTS` drafts has of them."""
+    rounds = [speculate(own, DRAFTS, ANSWER_TOKENS) for own in agreed]
+    drafted, accepted, passes, emitted = (sum(column) for column in zip(*rounds, strict=True))
+    return {
+        "answer_agreement": sum(map(sum, agreed)) / max(1, sum(map(len, agreed))),
+        "acceptance_rate": accepted / max(1, drafted),
+        "acceptance_length": emitted / max(1, passes),
+    }
