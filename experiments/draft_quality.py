@@ -11,10 +11,12 @@ all rows of the target's head, to tell what a trimmed one costs.
 
 import argparse
 import json
+import sys
 
 from specsmallkv.config import ModelConfig
 from specsmallkv.distill_data import cut_text
 from specsmallkv.distill_report import hidden_argmax
+from specsmallkv.errors import UserError
 from specsmallkv.hub_text import tokens_of
 from specsmallkv.intervals import bootstrap
 from specsmallkv.models import ModelPair, load_pair
@@ -47,6 +49,8 @@ def load(given: argparse.Namespace) -> ModelPair:
 
 def on_text(pair: ModelPair, source: str) -> dict[str, object]:
     pieces = cut_text(tokens_of(pair.tokenizer, "--text", source), LENGTH, SEQUENCES).long().to(pair.target.device)
+    if not len(pieces):
+        raise UserError(f"--text={source} has less than {LENGTH} tokens; give a longer one.")
     same = [hidden_argmax(pair.target, ids) == hidden_argmax(pair.draft, ids) for ids in pieces.split(1)]
     shares = [piece.float().mean().item() for piece in same]
     return {"agreement": sum(shares) / len(shares), "interval": bootstrap(shares), "pieces": len(shares)}
@@ -65,8 +69,12 @@ def on_answers(pair: ModelPair, source: str) -> dict[str, object]:
 
 def main() -> None:
     given = arguments()
-    pair = load(given)
-    print(json.dumps({"text": on_text(pair, given.text), "answers": on_answers(pair, given.prompts)}, indent=2))
+    try:
+        pair = load(given)
+        found = {"text": on_text(pair, given.text), "answers": on_answers(pair, given.prompts)}
+    except UserError as error:
+        sys.exit(str(error))
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,18 @@ ratios of each round's with their quartiles.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from specsmallkv.attention import AttentionCall, use_tiered_attention
 from specsmallkv.config import ModelConfig
+from specsmallkv.errors import UserError
 from specsmallkv.hub_text import tokens_of
 from specsmallkv.models import ModelPair, load_pair
 from specsmallkv.passes import Passes, full_cache
@@ -79,20 +82,47 @@ def ratio(step: np.ndarray, target: np.ndarray) -> dict[str, float]:
     return {"median": median, "quartiles": [low, high]}
 
 
+def check(given: argparse.Namespace) -> None:
+    for name in ("context_tokens", "repeats"):
+        if getattr(given, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}={getattr(given, name)} measures nothing; use 1 or more.")
+
+
+def read(pair: ModelPair, given: argparse.Namespace) -> list[int]:
+    tokens = tokens_of(pair.tokenizer, "--text", given.text)
+    if len(tokens) < given.context_tokens:
+        raise UserError(
+            f"--text={given.text} has {len(tokens)} tokens; give a longer one, or --context-tokens={len(tokens)}."
+        )
+    return tokens[: given.context_tokens]
+
+
 @torch.inference_mode()
-def main() -> None:
-    given = arguments()
+def measure(given: argparse.Namespace) -> dict[str, object]:
+    check(given)
     pair = load(given)
-    tokens = tokens_of(pair.tokenizer, "--text", given.text)[: given.context_tokens]
+    tokens = read(pair, given)
     steps = Steps(pair, tokens, WARMUP + given.repeats)
     names = list(steps.caches)
     rounds = [[timed(partial(steps.run, name, tokens[-1])) for name in names] for _ in range(WARMUP + given.repeats)]
     wall, cpu = np.array(rounds)[WARMUP:].transpose(2, 0, 1)
-    found = {"context_tokens": len(tokens), "repeats": given.repeats, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "context_tokens": len(tokens),
+        "repeats": given.repeats,
+        "threads": torch.get_num_threads(),
+    }
     for kind, ms in (("wall", wall), ("cpu", cpu)):
         found[kind] = {"ms": dict(zip(names, np.median(ms, axis=0).round(2).tolist(), strict=True))}
         found[kind] |= {f"{name} / target": ratio(ms[:, i], ms[:, 0]) for i, name in enumerate(names) if i}
-    print(json.dumps(found, indent=2))
+    return found
+
+
+def main() -> None:
+    try:
+        print(json.dumps(measure(arguments()), indent=2))
+    except UserError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

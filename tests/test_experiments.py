@@ -268,3 +268,21 @@ def test_the_steps_whose_time_is_compared_take_turns_behind_equally_many_tokens(
     assert [kept for _, _, kept in seen[3:]] == [True, False, False] * (rounds - 1), "the draft's heads change places"
     assert told["wall"].keys() == {"ms", "draft / target", "whole_head / target"}
     assert all(value > 0 for value in told["wall"]["ms"].values())
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "said"),
+    [
+        ("draft_step", ["--model", "tiny-rondom"], "tiny-rondom"),
+        ("draft_step", ["--model", "tiny-random", "--repeats", "0"], "--repeats=0 measures nothing; use 1 or more."),
+        ("draft_step", ["--model", "tiny-random", "--context-tokens", "10000000"], "give a longer one, or --context-"),
+        ("draft_quality", ["--model", "tiny-random", "--draft", "no-such-directory"], "no-such-directory"),
+        ("draft_quality", ["--model", "tiny-random", "--text", "no-such-file"], "--text=no-such-file does not exist"),
+    ],
+)
+def test_bad_input_to_a_script_is_one_sentence(script, argv, said, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert said in str(ended.value) and "\n" not in str(ended.value)
