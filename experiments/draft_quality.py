@@ -26,21 +26,32 @@ from specsmallkv.tasks.distill_answers import encode
 from specsmallkv.tasks.distill_held_out import LENGTH, SEQUENCES, HeldOut, along
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def pair_parser(description: str) -> argparse.ArgumentParser:
+    """What a command on a draft, its target and a text is asked with."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2-135m", help="a preset of conf/model")
     parser.add_argument("--target", help="instead of the preset's: a hub id or a directory")
     parser.add_argument("--draft", help="instead of the preset's: what task=distill wrote")
     parser.add_argument("--text", default="package:data/benchmarks/text.txt", help="UTF-8")
+    return parser
+
+
+def named_pair(given: argparse.Namespace, **settings: object) -> ModelPair:
+    """The pair that the options name; settings: of conf/model, instead of the preset's. Raises UserError."""
+    own = {key: value for key, value in (("target", given.target), ("draft", given.draft)) if value}
+    config = ModelConfig(name=given.model, **(load_model_settings(given.model) | settings | own))
+    return load_pair(config, need_draft=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = pair_parser(__doc__.splitlines()[0])
     parser.add_argument("--prompts", default="package:data/benchmarks/mt_bench.jsonl", help='{"prompt"} or {"turns"}')
     parser.add_argument("--whole-head", action="store_true")
     return parser.parse_args()
 
 
 def load(given: argparse.Namespace) -> ModelPair:
-    own = {key: value for key, value in (("target", given.target), ("draft", given.draft)) if value}
-    settings = load_model_settings(given.model) | {"dtype": "float32", "linear": "torch", "compile": None} | own
-    pair = load_pair(ModelConfig(name=given.model, **settings), need_draft=True)
+    pair = named_pair(given, dtype="float32", linear="torch", compile=None)
     if given.whole_head:
         assert pair.draft is not None
         pair.draft.set_output_embeddings(pair.target.get_output_embeddings())

@@ -1,7 +1,7 @@
 """What one step of a draft costs beside one of its target: one token, one sequence, full caches.
 
-    python experiments/draft_step.py [--model NAME] [--target DIR] [--draft DIR] [--context-tokens 1024]
-        [--repeats 60]
+    python experiments/draft_step.py [--model NAME] [--target DIR] [--draft DIR] [--text FILE]
+        [--context-tokens 1024] [--repeats 60]
 
 Steps alternate (target, draft, and, where both are as wide, the draft with all rows of the target's head) in one
 process, so that a machine whose speed drifts shows it to all alike. Medians of wall and CPU time in milliseconds,
@@ -18,32 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from draft_quality import named_pair, pair_parser
 
 from specsmallkv.attention import AttentionCall, use_tiered_attention
-from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.hub_text import tokens_of
-from specsmallkv.models import ModelPair, load_pair
+from specsmallkv.models import ModelPair
 from specsmallkv.passes import Passes, full_cache
-from specsmallkv.presets import load_model_settings
 
 WARMUP = 5  # rounds that are not counted: weights and caches are touched for the first time
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a preset of conf/model")
-    parser.add_argument("--target", help="instead of the preset's: a hub id or a directory")
-    parser.add_argument("--draft", help="instead of the preset's: what task=distill wrote")
-    parser.add_argument("--text", default="package:data/benchmarks/text.txt", help="UTF-8, what the caches hold")
+    parser = pair_parser(__doc__.splitlines()[0])
     parser.add_argument("--context-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=60)
     return parser.parse_args()
-
-
-def load(given: argparse.Namespace) -> ModelPair:
-    own = {key: value for key, value in (("target", given.target), ("draft", given.draft)) if value}
-    return load_pair(ModelConfig(name=given.model, **(load_model_settings(given.model) | own)), need_draft=True)
 
 
 class Steps:
@@ -101,7 +91,7 @@ def read(pair: ModelPair, given: argparse.Namespace) -> list[int]:
 @torch.inference_mode()
 def measure(given: argparse.Namespace) -> dict[str, object]:
     check(given)
-    pair = load(given)
+    pair = named_pair(given)
     tokens = read(pair, given)
     steps = Steps(pair, tokens, WARMUP + given.repeats)
     names = list(steps.caches)
