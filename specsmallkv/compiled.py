@@ -70,9 +70,9 @@ def check_compile(mode: str | None, device: torch.device, linear: str) -> None:
     """UserError where `model.compile` cannot work, before anything is loaded."""
     if mode is None:
         return
-    if linear == "packed":
+    if linear != "torch":
         raise UserError(
-            f"model.compile={mode} cannot look into packed layers (model.linear={linear}); use "
+            f"model.compile={mode} cannot look into model.linear={linear} layers; use "
             "model.linear=torch, with model.dtype=float32 if this CPU computes slowly in bfloat16."
         )
     if mode == GRAPHS and device.type != "cuda":

@@ -21,7 +21,7 @@ from .errors import UserError
 PACKAGE = Path(__file__).resolve().parent
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTIONS = ("auto", "sdpa", "reference", "flash", "triton")
-LINEARS = ("auto", "torch", "packed")
+LINEARS = ("auto", "torch", "packed", "blocked")
 COMPILES = ("default", "reduce-overhead")
 SPECULATIONS = ("draft", "adaptive", "none")
 SMALLEST_VIEW = 16
@@ -42,7 +42,7 @@ class ModelConfig:
     attention: str
     head_map: Optional[str] = None  # file of a saved head map; None: fitted on each prompt alone
     head_map_check: bool = True  # refuse a map whose fingerprints are of other weights
-    linear: str = "auto"  # who multiplies by weights: torch, or packed for CPUs without bfloat16 arithmetic
+    linear: str = "auto"  # how weights lie in memory: torch's way, or a CPU kernel's
     draft_vocab_size: int = 0  # tokens that a draft with a full head proposes besides those in its context; 0: all
     compile: Optional[str] = None  # torch.compile's mode for short passes; None: eager
 

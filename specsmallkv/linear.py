@@ -1,8 +1,12 @@
-"""Linear layers for CPUs without bfloat16 arithmetic, whose products torch computes row by row.
+"""Linear layers whose weights lie in memory as one of torch's CPU kernels reads them, which a plain layer's do not.
 
-There a verify pass over k + 1 tokens costs k + 1 single ones, so speculation cannot pay. FBGEMM's kernel reads float16
-weights once for up to six rows and adds in float32. float16 has three bits of mantissa more than bfloat16, so weights
-from 2^-17 to 65504 in size stay exactly what they are; smaller ones move by 2^-25 at most.
+"packed", for CPUs without bfloat16 arithmetic, whose products torch computes row by row. There a verify pass over
+k + 1 tokens costs k + 1 single ones, so speculation cannot pay. FBGEMM's kernel reads float16 weights once for up to
+six rows and adds in float32. float16 has three bits of mantissa more than bfloat16, so weights from 2^-17 to 65504 in
+size stay exactly what they are; smaller ones move by 2^-25 at most.
+
+"blocked", for CPUs with such arithmetic. oneDNN computes a plain layer's product, too, but copies its weights into
+blocks each time, which for the few rows of decoding costs more than the product does; here they are kept in blocks.
 """
 
 from typing import Any
@@ -13,16 +17,28 @@ from torch import Tensor, nn
 from .errors import UserError
 
 LARGEST = torch.finfo(torch.float16).max
+FEWEST = 4  # rows; of fewer, oneDNN's product was measured to take longer than of these
 BLOCK = 2**25  # weights packed at once; bounds the float32 copy that packing needs, not the result
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with packed weights, for inference on a CPU; the original's weights are not kept."""
+    """A linear layer for inference on a CPU with weights in FBGEMM's form; the original's weights are not kept."""
 
     def __init__(self, layer: nn.Linear, blocks: list[Any]):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias, self.dtype, self.blocks = layer.bias, layer.weight.dtype, blocks
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        """Whether this form can hold these weights."""
+        return bool(weight.abs().max() <= LARGEST)
+
+    @staticmethod
+    def pack(weight: Tensor) -> list[Any]:
+        """weight (out_features, in_features), of which a float32 copy of one block at a time is made."""
+        parts = weight.split(max(1, BLOCK // weight.shape[1]))
+        return [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in parts]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), of the original weights' type."""
@@ -40,6 +56,31 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class BlockedLinear(PackedLinear):
+    """The same with weights in oneDNN's form, which gives what torch's own product of this type gives."""
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        return True
+
+    @staticmethod
+    def pack(weight: Tensor) -> list[Any]:
+        return [torch.ops.mkldnn._reorder_linear_weight(weight)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        count = len(rows)
+        if 0 < count < FEWEST:
+            rows = nn.functional.pad(rows, (0, 0, 0, FEWEST - count))
+        out = torch.ops.mkldnn._linear_pointwise(rows, self.blocks[0], self.bias, "none", [], "")
+        return out[:count].view(*x.shape[:-1], self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * self.in_features * self.out_features
+
+
+FORMS: dict[str, type[PackedLinear]] = {"packed": PackedLinear, "blocked": BlockedLinear}
 Slot = tuple[nn.Module, str, nn.Module]  # parent, name there, layer
 Packed = dict[int, list[Any]]  # by the address of the original weights: tied ones are packed once
 
@@ -50,25 +91,20 @@ def linear_layers(model: nn.Module) -> list[Slot]:
     return [slot for slot in children if type(slot[2]) is nn.Linear]
 
 
-def pack_linears(model: nn.Module, packed: Packed | None = None) -> None:
+def pack_linears(model: nn.Module, form: str, packed: Packed | None = None) -> None:
     """Replace the model's linear layers one by one. packed: what models that share weights have packed already.
 
-    A layer with a weight that float16 cannot hold stays.
+    A layer with a weight that the form cannot hold stays.
     """
-    packed, slots = {} if packed is None else packed, linear_layers(model)
+    packed, slots, kind = {} if packed is None else packed, linear_layers(model), FORMS[form]
     while slots:  # emptied on the way, so that each layer's own weights are freed before the next is packed
         parent, name, layer = slots.pop()
         assert isinstance(layer, nn.Linear), "linear_layers finds no others"
         weight = layer.weight.detach()
-        if weight.abs().max() <= LARGEST:
+        if kind.holds(weight):
             if weight.data_ptr() not in packed:
-                rows = max(1, BLOCK // weight.shape[1])
-                packed[weight.data_ptr()] = [_pack(block) for block in weight.split(rows)]
-            setattr(parent, name, PackedLinear(layer, packed[weight.data_ptr()]))
-
-
-def _pack(rows: Tensor) -> Any:
-    return torch.ops.quantized.linear_prepack_fp16(rows.float(), None)
+                packed[weight.data_ptr()] = kind.pack(weight)
+            setattr(parent, name, kind(layer, packed[weight.data_ptr()]))
 
 
 def exchange(slots: list[Slot]) -> list[Slot]:
@@ -85,20 +121,39 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return half and device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def choose_linear(requested: str, dtype: torch.dtype, device: torch.device) -> str:
-    """`model.linear` resolved: "auto" packs where torch would multiply row by row. UserError if it cannot be."""
+def can_block(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of this type can lie in blocks here."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return known and device.type == "cpu" and _has_arithmetic(dtype)
+
+
+def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> str:
+    """`model.linear` resolved: "auto" packs where torch would multiply row by row. UserError if it cannot be.
+
+    compiled: graphs of `model.compile` hold plain layers only, so auto blocks no others.
+    """
     if requested == "auto":
-        return "packed" if can_pack(dtype, device) and not _has_arithmetic(dtype) else "torch"
+        if can_pack(dtype, device) and not _has_arithmetic(dtype):
+            return "packed"
+        return "blocked" if dtype != torch.float32 and can_block(dtype, device) and not compiled else "torch"
+    name = str(dtype).removeprefix("torch.")
     if requested == "packed" and not can_pack(dtype, device):
         raise UserError(
             "model.linear=packed needs a CPU, bfloat16 or float16 weights and a torch built with FBGEMM, "
-            f"not {device} with {str(dtype).removeprefix('torch.')}; use model.linear=auto."
+            f"not {device} with {name}; use model.linear=auto."
+        )
+    if requested == "blocked" and not can_block(dtype, device):
+        raise UserError(
+            "model.linear=blocked needs a CPU that computes in the weights' type and a torch built with oneDNN, "
+            f"not {device} with {name}; use model.linear=auto."
         )
     return requested
 
 
 def _has_arithmetic(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies matrices of this type on this CPU."""
+    if dtype == torch.float32:
+        return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return True if supported is None else bool(supported())

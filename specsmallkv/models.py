@@ -35,7 +35,8 @@ class ModelPair:
     """Origins, as the record shows them: "safetensors", "dequantised GGUF", "random weights", "distilled draft".
 
     head_map: a saved one, if the configuration names it.
-    linear: who multiplies, "torch" or "packed" (`linear.py`). compile: torch.compile's mode (`compiled.py`), if any.
+    linear: how weights lie, "torch", "packed" or "blocked" (`linear.py`).
+    compile: torch.compile's mode (`compiled.py`), if any.
     """
 
     target: PreTrainedModel
@@ -47,14 +48,14 @@ class ModelPair:
     linear: str = "torch"
     compile: str | None = None
 
-    def pack(self) -> None:
-        """Replace the linear layers of both models; from then on they are for inference only."""
-        check_compile(self.compile, self.target.device, "packed")
+    def pack(self, form: str) -> None:
+        """Replace the linear layers of both models by "packed" or "blocked" ones, which are for inference only."""
+        check_compile(self.compile, self.target.device, form)
         packed: Packed = {}
         for model in filter(None, (self.target, self.draft)):
             model.specsmallkv_fingerprint = fingerprint(model)  # while it has its weights
-            pack_linears(model, packed)
-        self.linear = "packed"
+            pack_linears(model, form, packed)
+        self.linear = form
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -83,9 +84,7 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, config.linear)
     split = config.device == tensor_parallel.DEVICE
-    linear = "torch" if split and config.linear == "auto" else choose_linear(config.linear, dtype, device)
-    if split and linear == "packed":
-        raise UserError("model.linear=packed packs whole layers; use model.linear=torch with a split target.")
+    linear = linear_of(config, dtype, device)
     check_compile(config.compile, device, linear)
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
@@ -95,10 +94,21 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     pair = ModelPair(target, None, tokenizer, origin, None)
     if need_draft and config.draft:
         _add_draft(pair, config, dtype, quiet)
-    if linear == "packed":
-        pair.pack()
+    if linear != "torch":
+        pair.pack(linear)
     compile_pair(pair, config.compile)
     return pair
+
+
+def linear_of(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """`model.linear` resolved; UserError if this pair cannot have it."""
+    split = config.device == tensor_parallel.DEVICE
+    if split and config.linear == "auto":
+        return "torch"
+    linear = choose_linear(config.linear, dtype, device, compiled=config.compile is not None)
+    if split and linear != "torch":
+        raise UserError(f"model.linear={linear} packs whole layers; use model.linear=torch with a split target.")
+    return linear
 
 
 def _spread(config: ModelConfig, need_draft: bool, dtype: torch.dtype, quiet: bool) -> DeviceMap | None:
@@ -203,7 +213,7 @@ def resolve_dtype(name: str, device: torch.device, linear: str = "torch") -> tor
     if name not in DTYPES:
         raise UserError(f"model.dtype={name!r} is not possible; use one of {', '.join(DTYPES)}.")
     if name == "auto":
-        helped = linear != "torch" and can_pack(torch.bfloat16, device)
+        helped = linear in ("auto", "packed") and can_pack(torch.bfloat16, device)
         return torch.bfloat16 if helped or computes_in_bfloat16(device) else torch.float32
     return getattr(torch, name)
 

@@ -166,7 +166,12 @@ def test_nothing_is_compiled_unless_it_is_asked_for():
 @pytest.mark.parametrize(
     ("mode", "linear", "told"),
     [
-        ("default", "packed", r"model\.compile=default cannot look into packed layers .*; use model\.linear=torch"),
+        (
+            "default",
+            "packed",
+            r"model\.compile=default cannot look into model\.linear=packed .*; use model\.linear=torch",
+        ),
+        ("default", "blocked", r"model\.compile=default cannot look into model\.linear=blocked layers"),
         ("reduce-overhead", "torch", r"records CUDA graphs, which cpu has not; use model\.compile=default"),
     ],
 )
@@ -178,7 +183,7 @@ def test_what_cannot_be_compiled_is_refused_before_loading(mode, linear, told):
 
 def test_a_compiled_pair_is_not_packed(pair):
     with pytest.raises(UserError, match="packed"):
-        pair.pack()
+        pair.pack("packed")
 
 
 def test_models_in_parts_are_refused(target):

@@ -1,4 +1,4 @@
-"""Packed linear layers against the plainest product, and where they stand in for torch's."""
+"""Packed and blocked linear layers against the plainest product, and where they stand in for torch's."""
 
 from copy import deepcopy
 
@@ -10,12 +10,15 @@ from torch import nn
 from specsmallkv import linear
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
-from specsmallkv.linear import PackedLinear, choose_linear, exchange, linear_layers, pack_linears
+from specsmallkv.linear import BlockedLinear, PackedLinear, choose_linear, exchange, linear_layers, pack_linears
 from specsmallkv.models import load_pair
 from specsmallkv.weights import fingerprint
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not linear.can_pack(torch.bfloat16, CPU), reason="torch was built without FBGEMM")
+pytestmark = [
+    pytest.mark.skipif(not linear.can_pack(torch.bfloat16, CPU), reason="torch was built without FBGEMM"),
+    pytest.mark.skipif(not linear.can_block(torch.float32, CPU), reason="torch was built without oneDNN"),
+]
 
 
 def bfloat16_layer(bias: bool = True) -> nn.Linear:
@@ -35,7 +38,7 @@ def test_bfloat16_weights_are_multiplied_as_they_are(bias, block, monkeypatch):
     layer, x = bfloat16_layer(bias), torch.randn(2, 7, 40)
     expected = layer.double()(x.double())
     model = nn.Sequential(layer.float())
-    pack_linears(model)
+    pack_linears(model, "packed")
     assert isinstance(model[0], PackedLinear) and len(model[0].blocks) == max(1, -(-24 // max(1, block // 40)))
     torch.testing.assert_close(model(x).double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -45,59 +48,88 @@ def test_the_smallest_weights_move_by_no_more_than_was_said():
     layer = nn.Linear(8, 1, bias=False)
     layer.weight.data = torch.tensor([[2.0**-18 * 1.0078125, 2.0**-25, 3e-8, 0, 0, 0, 0, 0]])
     model = nn.Sequential(layer)
-    pack_linears(model)
+    pack_linears(model, "packed")
     moved = model(torch.eye(8)).T - layer.weight
     assert moved.abs().max() <= 2.0**-25
 
 
 @torch.inference_mode()
-def test_a_row_is_the_same_alone_and_among_others_up_to_rounding():
+@pytest.mark.parametrize("form", linear.FORMS)
+def test_a_row_is_the_same_alone_and_among_others_up_to_rounding(form):
     model, x = nn.Sequential(bfloat16_layer()), torch.randn(5, 40)
-    pack_linears(model)
+    pack_linears(model, form)
     torch.testing.assert_close(torch.cat([model(row) for row in x.split(1)]), model(x), atol=1e-5, rtol=1e-6)
 
 
 def test_a_layer_beyond_float16_stays():
     model = nn.Sequential(bfloat16_layer(), bfloat16_layer())
     model[1].weight.data[3, 3] = 1e5
-    pack_linears(model)
+    pack_linears(model, "packed")
     assert type(model[0]) is PackedLinear and type(model[1]) is nn.Linear
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_packed_model_gives_the_models_logits_in_its_own_type(dtype):
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (3, 40), (2, 2, 40), (3, 5, 40), (0, 40), (1, 0, 40)])
+def test_blocked_weights_are_multiplied_as_they_are_whatever_the_rows(bias, shape):
+    layer, x = bfloat16_layer(bias), torch.randn(shape)
+    model = nn.Sequential(layer)
+    expected = layer.double()(x.double())
+    layer.float()
+    pack_linears(model, "blocked")
+    assert type(model[0]) is BlockedLinear and model(x).shape == expected.shape
+    torch.testing.assert_close(model(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not linear.can_block(torch.bfloat16, CPU), reason="this CPU has no bfloat16 arithmetic")
+@pytest.mark.parametrize("rows", [1, 3, 4, 40])
+def test_blocked_weights_give_torchs_own_product_in_bfloat16(rows):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(96, 64)).bfloat16(), torch.randn(rows, 96, dtype=torch.bfloat16)
+    expected = model(x)
+    pack_linears(model, "blocked")
+    assert torch.equal(model(x), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("packed", torch.bfloat16), ("packed", torch.float32), ("blocked", torch.float32)]
+)
+def test_a_packed_model_gives_the_models_logits_in_its_own_type(form, dtype):
     model, ids = tiny_model("qwen2").bfloat16().to(dtype), torch.randint(1, 90, (1, 12))
     expected, own = model.float()(ids).logits, model.to(dtype)(ids).logits.float()
     originals = linear_layers(model)
-    pack_linears(model)
+    pack_linears(model, form)
     assert not linear_layers(model) and model(ids).logits.dtype == dtype
     assert (model(ids).logits.float() - expected).abs().mean() <= (own - expected).abs().mean() + 1e-4
     packed = exchange(originals)
-    assert linear_layers(model) == originals and all(type(layer) is PackedLinear for _, _, layer in packed)
+    assert linear_layers(model) == originals and all(type(layer) is linear.FORMS[form] for _, _, layer in packed)
     assert torch.equal(model.float()(ids).logits, expected)
 
 
-def pair(linear_: str):
+def pair(linear_: str, dtype: str = "bfloat16"):
     draft = "random:llama?layers=1&hidden=32&heads=2&kv_heads=2"
-    config = ModelConfig("tiny", "random:llama", draft, "bfloat16", "cpu", "auto", linear=linear_)
+    config = ModelConfig("tiny", "random:llama", draft, dtype, "cpu", "auto", linear=linear_)
     return load_pair(config, need_draft=True)
 
 
-def test_a_packed_pair_keeps_its_bytes_and_fingerprints():
-    packed, plain = pair("packed"), pair("torch")
-    assert packed.linear == "packed" and plain.linear == "torch"
+@pytest.mark.parametrize(("form", "dtype"), [("packed", "bfloat16"), ("blocked", "float32")])
+def test_a_packed_pair_keeps_its_bytes_and_fingerprints(form, dtype):
+    packed, plain = pair(form, dtype), pair("torch", dtype)
+    assert packed.linear == form and plain.linear == "torch"
     assert packed.target_weight_bytes == plain.target_weight_bytes
     assert packed.draft_weight_bytes == plain.draft_weight_bytes
     assert fingerprint(packed.target) == fingerprint(plain.target) != fingerprint(packed.draft)
 
 
-def test_a_head_tied_to_another_models_is_packed_and_counted_once():
-    plain, packed = pair("torch"), pair("torch")
+@pytest.mark.parametrize(("form", "dtype"), [("packed", "bfloat16"), ("blocked", "float32")])
+def test_a_head_tied_to_another_models_is_packed_and_counted_once(form, dtype):
+    plain, packed = pair("torch", dtype), pair("torch", dtype)
     for own in (plain, packed):
         own.draft = deepcopy(own.target)
         own.draft.lm_head.weight = own.target.lm_head.weight
-    packed.pack()
+    packed.pack(form)
     assert packed.draft.lm_head.blocks is packed.target.lm_head.blocks
     assert packed.draft_weight_bytes == plain.draft_weight_bytes < plain.target_weight_bytes
 
@@ -106,17 +138,24 @@ def test_a_head_tied_to_another_models_is_packed_and_counted_once():
     ("arithmetic", "dtype", "device", "expected"),
     [
         (False, torch.bfloat16, "cpu", "packed"),
-        (True, torch.bfloat16, "cpu", "torch"),
+        (True, torch.bfloat16, "cpu", "blocked"),
         (False, torch.float32, "cpu", "torch"),
         (False, torch.bfloat16, "cuda", "torch"),
     ],
 )
-def test_auto_packs_only_where_torch_would_go_row_by_row(arithmetic, dtype, device, expected, monkeypatch):
+def test_auto_packs_where_torch_would_go_row_by_row_else_blocks(arithmetic, dtype, device, expected, monkeypatch):
     monkeypatch.setattr(linear, "_has_arithmetic", lambda _: arithmetic)
     assert choose_linear("auto", dtype, torch.device(device)) == expected
     assert choose_linear("torch", dtype, torch.device(device)) == "torch"
+    compiled = choose_linear("auto", dtype, torch.device(device), compiled=True)
+    assert compiled == ("torch" if expected == "blocked" else expected)
 
 
-def test_packing_what_cannot_be_packed_is_refused_with_the_remedy():
-    with pytest.raises(UserError, match=r"not cpu with float32; use model\.linear=auto"):
+def test_packing_what_cannot_be_packed_is_refused_with_the_remedy(monkeypatch):
+    with pytest.raises(UserError, match=r"packed needs .* not cpu with float32; use model\.linear=auto"):
         choose_linear("packed", torch.float32, CPU)
+    with pytest.raises(UserError, match=r"blocked needs .* not cuda with bfloat16; use model\.linear=auto"):
+        choose_linear("blocked", torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(linear, "_has_arithmetic", lambda dtype: dtype == torch.float32)
+    with pytest.raises(UserError, match=r"blocked needs .* not cpu with bfloat16; use model\.linear=auto"):
+        choose_linear("blocked", torch.bfloat16, CPU)

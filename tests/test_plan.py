@@ -83,29 +83,33 @@ def test_a_batch_has_the_bytes_of_its_rows_and_weights_once(tmp_path):
     assert batch["break_even_context_tokens"] < alone["break_even_context_tokens"]
 
 
-@pytest.mark.parametrize("linear", ["torch", "packed"])
-def test_weights_are_counted_as_loaded_in_half_precision_too(linear, tmp_path):
-    asked = ["model.dtype=bfloat16", f"model.linear={linear}", "max_new_tokens=2"]
+FORMS = [("torch", "bfloat16"), ("packed", "bfloat16"), ("blocked", "float32")]
+
+
+@pytest.mark.parametrize(("linear", "dtype"), FORMS)
+def test_weights_are_counted_as_loaded_in_every_form(linear, dtype, tmp_path):
+    asked = [f"model.dtype={dtype}", f"model.linear={linear}", "max_new_tokens=2"]
     run = run_task(*TINY, *asked, "prompt=hello", f"run_dir={tmp_path}")
     plan = planned(*asked)
-    assert (plan["dtype"], plan["linear"]) == ("bfloat16", linear)
+    assert (plan["dtype"], plan["linear"]) == (dtype, linear)
     for key in ("target_weight_bytes", "draft_weight_bytes"):
         assert plan[key] == run[key]
 
 
-@pytest.mark.parametrize("linear", ["torch", "packed"])
-def test_a_smaller_vocabulary_of_the_draft_is_counted_as_loaded(linear, tmp_path):
-    asked = ["model.dtype=bfloat16", f"model.linear={linear}", "max_new_tokens=2", "model.draft_vocab_size=100"]
+@pytest.mark.parametrize(("linear", "dtype"), FORMS)
+def test_a_smaller_vocabulary_of_the_draft_is_counted_as_loaded(linear, dtype, tmp_path):
+    asked = [f"model.dtype={dtype}", f"model.linear={linear}", "max_new_tokens=2", "model.draft_vocab_size=100"]
     run = run_task(*TINY, *asked, "prompt=hello", f"run_dir={tmp_path}")
     assert planned(*asked)["draft_weight_bytes"] == run["draft_weight_bytes"]
     assert run["draft_weight_bytes"] != planned(*asked[:3])["draft_weight_bytes"]
 
 
-def test_a_packed_head_is_counted_beside_the_embedding_that_it_shares():
-    model = tiny_model().bfloat16()
-    planned, unpacked = (weight_bytes(model, torch.bfloat16, packed) for packed in (True, False))
+@pytest.mark.parametrize(("form", "dtype"), [("packed", torch.bfloat16), ("blocked", torch.float32)])
+def test_a_packed_head_is_counted_beside_the_embedding_that_it_shares(form, dtype):
+    model = tiny_model().to(dtype)
+    planned, unpacked = (weight_bytes(model, dtype, name) for name in (form, "torch"))
     assert unpacked == loaded_bytes(model) < planned
-    pack_linears(model)
+    pack_linears(model, form)
     assert planned == loaded_bytes(model)
 
 

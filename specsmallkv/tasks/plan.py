@@ -19,8 +19,7 @@ from ..decode import Decoder
 from ..display import Display
 from ..draft_view import is_viewed, view_dtype
 from ..errors import UserError
-from ..linear import choose_linear
-from ..models import DRAFT_KEY, UNTRAINED, refuse_cut, resolve_device, resolve_dtype
+from ..models import DRAFT_KEY, UNTRAINED, linear_of, refuse_cut, resolve_device, resolve_dtype
 from ..packed_layer import SETTLED
 from ..placement import empty_model
 from ..policies import Policy
@@ -197,16 +196,16 @@ def kv_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype, layers: st
     return count * entry_bytes(model.config, dtype) * tokens
 
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype, packed: bool) -> int:
+def weight_bytes(model: nn.Module, dtype: torch.dtype, form: str) -> int:
     """Parameters as a run counts them: each once, but a packed layer holds a copy of what an embedding shares."""
     linear = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear}
     own = {id(p): p for m in model.modules() for p in m.parameters(recurse=False)}
-    if packed:
+    if form != "torch":
         others = (m for m in model.modules() if type(m) is not nn.Linear)
         kept = {id(p) for m in others for p in m.parameters(recurse=False)}
         own = {key: p for key, p in own.items() if key not in linear or key in kept}
-    half = sum(2 * weight.numel() for weight in linear.values()) if packed else 0
-    return half + dtype.itemsize * sum(p.numel() for p in own.values())
+    copies = 0 if form == "torch" else sum(weight.numel() for weight in linear.values())
+    return (2 if form == "packed" else dtype.itemsize) * copies + dtype.itemsize * sum(p.numel() for p in own.values())
 
 
 def without_shared(draft: PreTrainedModel, head_rows: int | None) -> None:
@@ -238,10 +237,10 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
     """The pair that a run would load, and who would multiply."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, config.model.linear)
-    linear = choose_linear(config.model.linear, dtype, device)
+    linear = linear_of(config.model, dtype, device)
     num_draft_tokens = asked_for(config)["num_draft_tokens"]
     target, _, _ = on_meta(config.model.target, config.quiet)
-    target_bytes, draft, draft_bytes = weight_bytes(target, dtype, linear == "packed"), None, 0
+    target_bytes, draft, draft_bytes = weight_bytes(target, dtype, linear), None, 0
     if num_draft_tokens or config.policy.reads_draft:
         if config.model.draft is None:
             raise UserError(
@@ -255,7 +254,7 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
             without_shared(draft, head_rows or cut or None)
         elif cut:
             trim_head(draft, torch.arange(cut), keep_full=True)
-        draft_bytes = weight_bytes(draft, dtype, linear == "packed")
+        draft_bytes = weight_bytes(draft, dtype, linear)
     for model in filter(None, (target, draft)):
         model.to(dtype)
     view_size, every = config.speculation.draft_view_size, config.speculation.oracle_every

@@ -22,8 +22,8 @@ from ..decode import Decoder
 from ..display import Display
 from ..errors import UserError
 from ..generator import SpecSmallKV
-from ..linear import Slot, choose_linear, linear_layers
-from ..models import load_pair, resolve_device, resolve_dtype
+from ..linear import Slot, linear_layers
+from ..models import linear_of, load_pair, resolve_device, resolve_dtype
 from ..policies import Policy
 from ..presets import load_policy
 from ..prompts import read_requests, read_text
@@ -173,14 +173,15 @@ class ThroughputTask:
         device = resolve_device(config.model.device)
         resolved = resolve_dtype(config.model.dtype, device, config.model.linear)
         dtype = str(resolved).removeprefix("torch.")
-        check_compile(config.model.compile, device, choose_linear(config.model.linear, resolved, device))
+        linear = linear_of(config.model, resolved, device)
+        check_compile(config.model.compile, device, linear)
         pair = load_pair(replace(config.model, linear="torch", dtype=dtype), need_draft, config.quiet)
         models = [model for model in (pair.target, pair.draft) if model is not None]
         originals: list[Slot] = []
-        if choose_linear(config.model.linear, pair.target.dtype, pair.target.device) == "packed":
+        if linear != "torch":
             if any(name in (*STOCK, KVPRESS) for name in self.systems):
                 originals = [slot for model in models for slot in linear_layers(model)]
-            pair.pack()
+            pair.pack(linear)
         if pair.draft is not None and (whole := whole_head(pair.draft)):
             originals.append((pair.draft, "lm_head", whole))
         num_draft_tokens = max(1, config.speculation.num_draft_tokens) if speculates else 0
