@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
 
 
 class BlockedLinear(PackedLinear):
-    """The same with weights in oneDNN's form, which gives what torch's own product of this type gives."""
+    """The same with weights in oneDNN's form, which multiplies as torch does but for the order of sums."""
 
     @staticmethod
     def holds(weight: Tensor) -> bool:

@@ -84,12 +84,15 @@ def test_blocked_weights_are_multiplied_as_they_are_whatever_the_rows(bias, shap
 @torch.inference_mode()
 @pytest.mark.skipif(not linear.can_block(torch.bfloat16, CPU), reason="this CPU has no bfloat16 arithmetic")
 @pytest.mark.parametrize("rows", [1, 3, 4, 40])
-def test_blocked_weights_give_torchs_own_product_in_bfloat16(rows):
+def test_blocked_weights_give_torchs_own_product_in_bfloat16_up_to_its_last_digit(rows):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(96, 64)).bfloat16(), torch.randn(rows, 96, dtype=torch.bfloat16)
     expected = model(x)
     pack_linears(model, "blocked")
-    assert torch.equal(model(x), expected)
+    digit = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(
+        model(x), expected, atol=digit, rtol=digit
+    )  # few rows may be added in another order
 
 
 @torch.inference_mode()
