@@ -90,9 +90,7 @@ def test_blocked_weights_give_torchs_own_product_in_bfloat16_up_to_its_last_digi
     expected = model(x)
     pack_linears(model, "blocked")
     digit = torch.finfo(torch.bfloat16).eps
-    torch.testing.assert_close(
-        model(x), expected, atol=digit, rtol=digit
-    )  # few rows may be added in another order
+    torch.testing.assert_close(model(x), expected, atol=digit, rtol=digit)  # few rows may be added in another order
 
 
 @torch.inference_mode()
