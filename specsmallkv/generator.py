@@ -84,6 +84,7 @@ class SpecSmallKV:
         head_map_check is false. draft_view_size: tokens of its own long cache that the draft's steps read; 0: all.
         draft_vocab_size: tokens, those of the lowest ids, that it may propose besides its context's; 0: all.
         compile: torch.compile's mode for short passes, "default" or "reduce-overhead".
+        linear: how weights lie, "auto", "torch", or for a CPU "packed" or "blocked" (`linear.py`).
         """
         if isinstance(policy, str):
             policy = load_policy(policy, **({} if kv_budget is None else {"kv_budget": kv_budget}))

@@ -77,6 +77,7 @@ class BlockedLinear(PackedLinear):
 
     @property
     def nbytes(self) -> int:
+        """Of the weights, without what oneDNN may add to fill its blocks."""
         return self.dtype.itemsize * self.in_features * self.out_features
 
 
@@ -116,21 +117,21 @@ def exchange(slots: list[Slot]) -> list[Slot]:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights of this type can be packed here."""
+    """Whether FBGEMM can hold weights of this type here."""
     half = dtype in (torch.bfloat16, torch.float16)
     return half and device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def can_block(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights of this type can lie in blocks here."""
+    """Whether oneDNN can hold weights of this type here, in which it computes."""
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return known and device.type == "cpu" and _has_arithmetic(dtype)
 
 
 def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> str:
-    """`model.linear` resolved: "auto" packs where torch would multiply row by row. UserError if it cannot be.
+    """`model.linear` resolved: "auto" packs where torch would multiply row by row and else blocks.
 
-    compiled: graphs of `model.compile` hold plain layers only, so auto blocks no others.
+    UserError if it cannot be. compiled: graphs of `model.compile` hold plain layers only, so auto blocks none.
     """
     if requested == "auto":
         if can_pack(dtype, device) and not _has_arithmetic(dtype):
@@ -151,7 +152,7 @@ def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, comp
 
 
 def _has_arithmetic(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this type on this CPU."""
+    """Whether oneDNN accepts matrices of this type on this CPU, which may still lack instructions of its own for it."""
     if dtype == torch.float32:
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"

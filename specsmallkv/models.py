@@ -107,7 +107,7 @@ def linear_of(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
         return "torch"
     linear = choose_linear(config.linear, dtype, device, compiled=config.compile is not None)
     if split and linear != "torch":
-        raise UserError(f"model.linear={linear} packs whole layers; use model.linear=torch with a split target.")
+        raise UserError(f"model.linear={linear} needs whole layers; use model.linear=torch with a split target.")
     return linear
 
 

@@ -11,7 +11,7 @@ from specsmallkv import linear
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.linear import BlockedLinear, PackedLinear, choose_linear, exchange, linear_layers, pack_linears
-from specsmallkv.models import load_pair
+from specsmallkv.models import linear_of, load_pair, resolve_dtype
 from specsmallkv.weights import fingerprint
 
 CPU = torch.device("cpu")
@@ -79,6 +79,14 @@ def test_blocked_weights_are_multiplied_as_they_are_whatever_the_rows(bias, shap
     pack_linears(model, "blocked")
     assert type(model[0]) is BlockedLinear and model(x).shape == expected.shape
     torch.testing.assert_close(model(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_blocked_weights_take_rows_that_lie_apart():
+    model, x = nn.Sequential(bfloat16_layer()), torch.randn(3, 6, 40)[:, 1]
+    expected = model(x)
+    pack_linears(model, "blocked")
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
@@ -160,3 +168,25 @@ def test_packing_what_cannot_be_packed_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(linear, "_has_arithmetic", lambda dtype: dtype == torch.float32)
     with pytest.raises(UserError, match=r"blocked needs .* not cpu with bfloat16; use model\.linear=auto"):
         choose_linear("blocked", torch.bfloat16, CPU)
+
+
+def of_device(device: str, linear_: str, compile_: str | None = None) -> ModelConfig:
+    return ModelConfig("tiny", "random:llama", None, "float32", device, "auto", linear=linear_, compile=compile_)
+
+
+def test_a_split_target_keeps_plain_layers():
+    assert linear_of(of_device("tensor_parallel", "auto"), torch.bfloat16, CPU) == "torch"
+    with pytest.raises(UserError, match=r"model\.linear=blocked needs whole layers; use model\.linear=torch"):
+        linear_of(of_device("tensor_parallel", "blocked"), torch.float32, CPU)
+
+
+def test_a_compiled_pair_keeps_plain_layers_by_itself(monkeypatch):
+    monkeypatch.setattr(linear, "_has_arithmetic", lambda _: True)
+    assert linear_of(of_device("cpu", "auto"), torch.bfloat16, CPU) == "blocked"
+    assert linear_of(of_device("cpu", "auto", "default"), torch.bfloat16, CPU) == "torch"
+
+
+def test_the_type_is_float32_where_only_packing_would_help_and_blocks_are_asked_for(monkeypatch):
+    monkeypatch.setattr("specsmallkv.models.computes_in_bfloat16", lambda _: False)
+    assert resolve_dtype("auto", CPU, "packed") == torch.bfloat16
+    assert resolve_dtype("auto", CPU, "blocked") == torch.float32

@@ -10,7 +10,7 @@ from specsmallkv.errors import UserError
 from specsmallkv.linear import can_pack
 from specsmallkv.oracle import LOOKAHEADS
 from specsmallkv.sequence import Round
-from specsmallkv.tasks import roofline, throughput
+from specsmallkv.tasks import roofline, throughput, throughput_systems
 from specsmallkv.tasks.throughput import ThroughputTask, over_prompts, per_position, with_ratios
 from specsmallkv.tasks.throughput_systems import OwnSystem
 from specsmallkv.tokenizer import byte_tokenizer
@@ -217,6 +217,19 @@ def test_weights_are_of_the_type_that_any_other_task_would_choose(tmp_path, monk
     record = run(tmp_path, "model.dtype=auto", "task.systems=[full]", "task.repeats=1")
     packs = can_pack(torch.bfloat16, torch.device("cpu"))
     assert (record["dtype"], record["linear"]) == (("bfloat16", "packed") if packs else ("float32", "torch"))
+
+
+def test_transformers_systems_run_on_plain_layers_beside_blocked_ones(tmp_path, monkeypatch):
+    seen, original = [], throughput_systems.stock_generate
+
+    def watched(model, ids, **options):
+        seen.append({type(layer) for layer in model.modules() if hasattr(layer, "out_features")})
+        return original(model, ids, **options)
+
+    monkeypatch.setattr(throughput_systems, "stock_generate", watched)
+    record = run(tmp_path, "model.linear=blocked", "task.systems=[transformers,full]", "task.repeats=1")
+    assert record["linear"] == "blocked" and seen and all(kinds == {torch.nn.Linear} for kinds in seen)
+    assert row(record, "transformers")["token_ids"] == row(record, "full")["token_ids"]
 
 
 BATCHED = ["transformers", "static", "full", "full+draft", "snapkv", "smallkv", "specsmallkv+draft"]

@@ -234,7 +234,7 @@ def on_meta(source: str, quiet: bool) -> tuple[PreTrainedModel, int | None, bool
 
 
 def make_plan(config: RunConfig) -> tuple[Plan, str]:
-    """The pair that a run would load, and who would multiply."""
+    """The pair that a run would load, and how its weights would lie (`linear.py`)."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, config.model.linear)
     linear = linear_of(config.model, dtype, device)

@@ -189,7 +189,7 @@ class OwnSystem:
 
 
 class StockSystem:
-    """transformers' `generate` on its own cache, filled from the prompt's. originals: unpacked layers to put back.
+    """transformers' `generate` on its own cache, filled from the prompt's. originals: plain layers to put back.
 
     "static" is its cache of fixed size, the others take the one that grows.
     """
