@@ -152,7 +152,7 @@ def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, comp
 
 
 def _has_arithmetic(dtype: torch.dtype) -> bool:
-    """Whether oneDNN accepts matrices of this type on this CPU, which may still lack instructions of its own for it."""
+    """Whether oneDNN accepts matrices of this type on this CPU, perhaps without instructions of its own for it."""
     if dtype == torch.float32:
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
