@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arithmetic import has_arithmetic
 from .attention_form import refuse_windows, softcap_of
 from .errors import UserError
 
 FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis; beyond it the mask costs more
+LONG = (
+    1024  # values from which, on CPUs that multiply their type, a product is faster than with a float32 copy of them
+)
 MASS_BLOCK = 2**20  # probabilities that exist at once; bounds scratch, not the result
 
 
@@ -87,7 +91,9 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 def weighted_values(weights: Tensor, values: Tensor) -> Tensor:
     """(B, H_q, q, D) = weights (B, H_q, q, n) times values (B, H_kv, n, D), heads of a group sharing values."""
-    weights_, values_ = widened(fold(weights, values.shape[1]), values)
+    rows = fold(weights, values.shape[1])
+    narrow = values.device.type == "cpu" and values.shape[2] >= LONG and has_arithmetic(values.dtype)
+    weights_, values_ = (rows.to(values.dtype), values) if narrow else widened(rows, values)
     return (weights_ @ values_).view(*weights.shape[:3], values.shape[3]).to(values.dtype)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arithmetic import has_arithmetic
 from .errors import UserError
 
 LARGEST = torch.finfo(torch.float16).max
@@ -68,12 +69,14 @@ class BlockedLinear(PackedLinear):
         return [torch.ops.mkldnn._reorder_linear_weight(weight)]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        count = len(rows)
-        if 0 < count < FEWEST:
-            rows = nn.functional.pad(rows, (0, 0, 0, FEWEST - count))
-        out = torch.ops.mkldnn._linear_pointwise(rows, self.blocks[0], self.bias, "none", [], "")
-        return out[:count].view(*x.shape[:-1], self.out_features)
+        count = x.numel() // self.in_features
+        if not 0 < count < FEWEST:
+            return self._product(x)
+        rows = nn.functional.pad(x.reshape(count, self.in_features), (0, 0, 0, FEWEST - count))
+        return self._product(rows)[:count].view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, self.blocks[0], self.bias, "none", [], "")
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +128,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 def can_block(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN can hold weights of this type here, in which it computes."""
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return known and device.type == "cpu" and _has_arithmetic(dtype)
+    return known and device.type == "cpu" and has_arithmetic(dtype)
 
 
 def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> str:
@@ -134,7 +137,7 @@ def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, comp
     UserError if it cannot be. compiled: graphs of `model.compile` hold plain layers only, so auto blocks none.
     """
     if requested == "auto":
-        if can_pack(dtype, device) and not _has_arithmetic(dtype):
+        if can_pack(dtype, device) and not has_arithmetic(dtype):
             return "packed"
         return "blocked" if dtype != torch.float32 and can_block(dtype, device) and not compiled else "torch"
     name = str(dtype).removeprefix("torch.")
@@ -149,12 +152,3 @@ def choose_linear(requested: str, dtype: torch.dtype, device: torch.device, comp
             f"not {device} with {name}; use model.linear=auto."
         )
     return requested
-
-
-def _has_arithmetic(dtype: torch.dtype) -> bool:
-    """Whether oneDNN accepts matrices of this type on this CPU, perhaps without instructions of its own for it."""
-    if dtype == torch.float32:
-        return True
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    return True if supported is None else bool(supported())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 
+from specsmallkv import backends
 from specsmallkv.attention import AttentionCall, AttentionMass, AttentionRows, attend, use_tiered_attention
 from specsmallkv.backends import BACKENDS, FOLD_LIMIT, attention_probabilities, choose_backend
 from specsmallkv.cache import TieredCache
@@ -68,6 +69,25 @@ def test_scores_are_the_same_inside_inference_mode_and_then_outside_it():
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(inside_then_outside).result()
+
+
+@pytest.mark.parametrize("n", [backends.LONG - 1, backends.LONG])
+@pytest.mark.parametrize("arithmetic", [True, False])
+def test_many_16_bit_values_are_multiplied_as_they_are_where_the_cpu_can(monkeypatch, n, arithmetic):
+    generator, widened = torch.Generator().manual_seed(0), []
+    weights = torch.rand(1, H_Q, 3, n, generator=generator).softmax(-1)
+    values = torch.randn(1, H_KV, n, DIM, generator=generator).bfloat16()
+    exact = (weights.double().view(1, H_KV, -1, n) @ values.double()).view(1, H_Q, 3, DIM)
+
+    def noted(rows, stored, original=backends.widened):
+        widened.append(stored)
+        return original(rows, stored)
+
+    monkeypatch.setattr(backends, "has_arithmetic", lambda _: arithmetic)
+    monkeypatch.setattr(backends, "widened", noted)
+    out = backends.weighted_values(weights, values)
+    assert out.dtype == values.dtype and bool(widened) == (not arithmetic or n < backends.LONG)
+    torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-2)
 
 
 def filled_layer(keys, values):

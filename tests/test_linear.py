@@ -8,6 +8,7 @@ from conftest import tiny_model
 from torch import nn
 
 from specsmallkv import linear
+from specsmallkv.arithmetic import has_arithmetic
 from specsmallkv.config import ModelConfig
 from specsmallkv.errors import UserError
 from specsmallkv.linear import BlockedLinear, PackedLinear, choose_linear, exchange, linear_layers, pack_linears
@@ -153,11 +154,29 @@ def test_a_head_tied_to_another_models_is_packed_and_counted_once(form, dtype):
     ],
 )
 def test_auto_packs_where_torch_would_go_row_by_row_else_blocks(arithmetic, dtype, device, expected, monkeypatch):
-    monkeypatch.setattr(linear, "_has_arithmetic", lambda _: arithmetic)
+    monkeypatch.setattr(linear, "has_arithmetic", lambda _: arithmetic)
     assert choose_linear("auto", dtype, torch.device(device)) == expected
     assert choose_linear("torch", dtype, torch.device(device)) == "torch"
     compiled = choose_linear("auto", dtype, torch.device(device), compiled=True)
     assert compiled == ("torch" if expected == "blocked" else expected)
+
+
+@pytest.mark.parametrize(
+    ("accepts", "told", "expected"),
+    [
+        (False, {"architecture": "x86_64", "avx512_bf16": True}, False),
+        (True, {"architecture": "x86_64", "avx512_bf16": True}, True),
+        (True, {"architecture": "x86_64", "amx_bf16": True, "avx512_bf16": False}, True),
+        (True, {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, False),
+        (True, {"architecture": "aarch64"}, True),
+        (True, {}, True),
+    ],
+)
+def test_arithmetic_is_what_onednn_accepts_and_an_x86_has_instructions_for(monkeypatch, accepts, told, expected):
+    asked = has_arithmetic.__wrapped__  # without its memory
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: accepts)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert asked(torch.bfloat16) is expected and asked(torch.float32)
 
 
 def test_packing_what_cannot_be_packed_is_refused_with_the_remedy(monkeypatch):
@@ -165,7 +184,7 @@ def test_packing_what_cannot_be_packed_is_refused_with_the_remedy(monkeypatch):
         choose_linear("packed", torch.float32, CPU)
     with pytest.raises(UserError, match=r"blocked needs .* not cuda with bfloat16; use model\.linear=auto"):
         choose_linear("blocked", torch.bfloat16, torch.device("cuda"))
-    monkeypatch.setattr(linear, "_has_arithmetic", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(linear, "has_arithmetic", lambda dtype: dtype == torch.float32)
     with pytest.raises(UserError, match=r"blocked needs .* not cpu with bfloat16; use model\.linear=auto"):
         choose_linear("blocked", torch.bfloat16, CPU)
 
@@ -181,7 +200,7 @@ def test_a_split_target_keeps_plain_layers():
 
 
 def test_a_compiled_pair_keeps_plain_layers_by_itself(monkeypatch):
-    monkeypatch.setattr(linear, "_has_arithmetic", lambda _: True)
+    monkeypatch.setattr(linear, "has_arithmetic", lambda _: True)
     assert linear_of(of_device("cpu", "auto"), torch.bfloat16, CPU) == "blocked"
     assert linear_of(of_device("cpu", "auto", "default"), torch.bfloat16, CPU) == "torch"
 

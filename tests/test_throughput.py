@@ -213,7 +213,7 @@ def test_all_rows_of_a_prompts_file_are_prompts_and_num_prompts_takes_the_first(
 def test_weights_are_of_the_type_that_any_other_task_would_choose(tmp_path, monkeypatch):
     """Loading them unpacked for transformers must not turn `auto` into float32."""
     monkeypatch.setattr("specsmallkv.models.computes_in_bfloat16", lambda device: False)
-    monkeypatch.setattr("specsmallkv.linear._has_arithmetic", lambda dtype: False)
+    monkeypatch.setattr("specsmallkv.linear.has_arithmetic", lambda dtype: False)
     record = run(tmp_path, "model.dtype=auto", "task.systems=[full]", "task.repeats=1")
     packs = can_pack(torch.bfloat16, torch.device("cpu"))
     assert (record["dtype"], record["linear"]) == (("bfloat16", "packed") if packs else ("float32", "torch"))
