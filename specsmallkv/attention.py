@@ -70,11 +70,6 @@ class AttentionRows:
         self.chances.append(self.chances[-1] * probability)
 
     @property
-    def last_chance(self) -> float:
-        """That the block's last query comes to be; 0 while drafts are missing, or where rows behind were forgotten."""
-        return self.chances[-1] if len(self.chances) == self.num_queries else 0.0
-
-    @property
     def values(self) -> Tensor:
         return self.buffer[:, : self.num_rows, : self.length]
 

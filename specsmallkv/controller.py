@@ -264,9 +264,7 @@ def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str,
     """Seconds of the phases of a round with `count` drafts, all of which is rolled back, figures included."""
     kept = sequence.counters, sequence.logits, [layer.recall_bytes for layer in sequence.target.layers]
     oracle, last = sequence.evidence.oracle, sequence.evidence.last
-    recent, lookahead = (oracle.recent_rows, oracle.lookahead) if oracle else (None, "")
-    if oracle is not None and lookahead == "likely":
-        oracle.lookahead = "drafted"  # how likely these drafts are says nothing of the coming ones' last step
+    recent = oracle.recent_rows if oracle else None
     counters = sequence.counters = type(sequence.counters)()
     sequence.decision = Decision(count, view_size=decoder.controller.view_size if decoder.controller else 0)
     generator = torch.Generator(decoder.device).manual_seed(0)
@@ -280,7 +278,7 @@ def dry_round(decoder: "Decoder", sequence: "Sequence", count: int) -> dict[str,
     sequence.counters, sequence.logits, recalled = kept
     sequence.last_row, sequence.evidence.last = None, last
     if oracle is not None:
-        oracle.recent_rows, oracle.lookahead = recent, lookahead
+        oracle.recent_rows = recent
     for layer, own in zip(sequence.target.layers, recalled, strict=True):
         layer.recall_bytes = own
     return counters.seconds

@@ -121,7 +121,7 @@ def view_rest(decoder: "Decoder", sequence: "Sequence", count: int) -> None:
 def _has_view(decoder: "Decoder", sequence: "Sequence", steps: int) -> bool:
     """Whether a view is worth it for so many steps; for the rows of drafting steps it costs one pass more."""
     size, draft = sequence.decision.view_size if sequence.decision else 0, sequence.draft
-    adds_pass = sequence.reading is not None and decoder.policy.lookahead in ("likely", "drafted")
+    adds_pass = sequence.reading is not None and decoder.policy.lookahead == "drafted"
     if draft is None or steps - adds_pass < 1 or len(draft.budgeted) < len(draft.layers):
         return False
     return is_viewed(size, draft.seen, adds_pass)

@@ -17,20 +17,15 @@ from .cache import TieredCache
 from .matching import TRUSTED_SIMILARITY, HeadMap, HeadMapFit, Prior, over_groups, pooled_history
 from .tensor_parallel import Shard
 
-LOOKAHEADS = ("block", "likely", "drafted", "first")
-LIKELY = 0.3  # chance of a block's last query from which its row is worth a step of the draft
+LOOKAHEADS = ("block", "drafted", "first")
 
 
-def rows_ahead(lookahead: str, block: int, chance: float = 0.0) -> int:
+def rows_ahead(lookahead: str, block: int) -> int:
     """How many rows of a verify block of so many tokens are read: all, those of drafting steps, or the first one.
 
-    The last draft's row is no drafting step's: it takes one more. chance: that the draft gives to all drafts together,
-    by which "likely" decides on that one.
+    The last draft's row is no drafting step's: it takes one more.
     """
-    drafted = max(block - 1, 1)
-    return {"block": block, "likely": block if chance >= LIKELY else drafted, "drafted": drafted, "first": 1}[
-        lookahead
-    ]
+    return {"block": block, "drafted": max(block - 1, 1), "first": 1}[lookahead]
 
 
 def is_trusted(similarity: float) -> bool:
@@ -80,8 +75,7 @@ class AttentionOracle:
         """Of the block, how many decide; of known tokens all, which one pass of the draft reads anyway."""
         if self.block.known:
             return self.block.num_rows
-        block = self.block
-        return min(rows_ahead(self.lookahead, block.num_queries, block.last_chance), block.num_rows)
+        return min(rows_ahead(self.lookahead, self.block.num_queries), self.block.num_rows)
 
     @property
     def rows(self) -> Tensor:

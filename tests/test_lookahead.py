@@ -7,10 +7,10 @@ from test_decode import begin, decode
 from test_draft_view import SIZE, exact_rounds, policy_of, viewed
 
 from specsmallkv import UserError, matching
-from specsmallkv.controller import Controller, CostTable, dry_round, measure
+from specsmallkv.controller import Controller, CostTable, measure
 from specsmallkv.decode import Decoder
 from specsmallkv.draft_view import is_viewed
-from specsmallkv.oracle import LIKELY, LOOKAHEADS, rows_ahead
+from specsmallkv.oracle import LOOKAHEADS, rows_ahead
 
 
 def begun(target, draft, prompt, lookahead, controller=None, drafts=3, rounds=2, **options):
@@ -102,47 +102,6 @@ def test_rows_of_drafting_steps_count_by_their_chances(target, draft, prompt):
     torch.testing.assert_close(saliency, oracle.saliency(mean[:, : sequence.target.seen], "max"))
 
 
-@pytest.mark.parametrize("least", [0.0, 2.0])
-def test_the_last_drafts_row_is_read_where_all_drafts_are_likely(target, draft, prompt, monkeypatch, least):
-    """Then all is as if the whole block were read, else as if the rows of drafting steps were, passes included."""
-    monkeypatch.setattr("specsmallkv.oracle.LIKELY", least)
-    seen = []
-    for lookahead in ("likely", "drafted" if least else "block"):
-        decoder, sequence, generator = begun(target, draft, prompt, lookahead)
-        passes = passes_of_the_draft(decoder)
-        with torch.inference_mode():
-            decoder.round(sequence, generator, set())
-        seen.append((passes, sequence.tokens, [layer.kept_positions.tolist() for layer in sequence.target.layers]))
-    assert seen[0] == seen[1] and len(seen[0][0]) == (3 if least else 4)
-
-
-def test_chances_decide_round_by_round_and_not_before_all_drafts_are_there(target, draft, prompt, monkeypatch):
-    decoder, sequence, generator = begun(target, draft, prompt, "likely")
-    oracle, numbers = sequence.evidence.oracle, []
-    with torch.inference_mode():
-        decoder.draft(sequence, generator)
-    for chances in ([1.0], [1.0, 0.9, 0.8], [1.0, 0.9, 0.8, LIKELY], [1.0, 0.9, 0.8, 0.99 * LIKELY]):
-        oracle.block.chances = chances
-        numbers.append(oracle.num_rows)
-    assert numbers == [3, 3, 4, 3]
-    oracle.block.chances = [1.0, 0.9, 0.8, 0.7]
-    oracle.block.narrow(2)
-    assert oracle.num_rows == 2
-
-
-def test_what_a_dry_rounds_drafts_happen_to_be_does_not_price_a_step(target, draft, prompt, monkeypatch):
-    taken = []
-    for least in (0.0, 2.0):
-        monkeypatch.setattr("specsmallkv.oracle.LIKELY", least)
-        decoder, sequence, _ = begun(target, draft, prompt, "likely")
-        passes = passes_of_the_draft(decoder)
-        with torch.inference_mode():
-            dry_round(decoder, sequence, 3)
-        taken.append(len(passes))
-        assert sequence.evidence.oracle.lookahead == "likely"
-    assert taken == [3, 3]
-
-
 @pytest.mark.parametrize("at_once", [matching.AT_ONCE, 1])
 def test_predictions_that_were_kept_are_given_once_and_are_those_of_the_block(
     target, draft, prompt, monkeypatch, at_once
@@ -169,7 +128,7 @@ def test_known_tokens_are_read_in_one_pass_and_all_their_rows_count(target, draf
 
 
 def test_a_set_for_each_query_needs_a_row_for_each():
-    for lookahead in ("likely", "drafted", "first"):
+    for lookahead in ("drafted", "first"):
         with pytest.raises(UserError, match=f"policy.lookahead={lookahead}.*policy.lookahead=block"):
             policy_of("specsmallkv", selection="query", lookahead=lookahead)
     with pytest.raises(UserError, match=r"policy\.lookahead=last is unknown"):
@@ -253,7 +212,7 @@ def test_after_each_round_the_drafts_cache_is_as_exact_as_without_a_view(
 
 
 @pytest.mark.parametrize("view_size", [0, SIZE])
-@pytest.mark.parametrize("lookahead", ["likely", "drafted", "first"])
+@pytest.mark.parametrize("lookahead", ["drafted", "first"])
 def test_a_row_of_a_batch_equals_its_prompt_alone(target, draft, monkeypatch, lookahead, view_size):
     monkeypatch.setattr("specsmallkv.draft_view.ONE_PASS_MORE", 1)
     policy = policy_of("specsmallkv", lookahead=lookahead)

@@ -178,7 +178,7 @@ class Plan:
         steps = self.num_draft_tokens - (lookahead != "block")
         if self.draft is None or steps < 1 or any(layer_windows(self.draft.config)):
             return 0
-        if not is_viewed(self.view_size, capacity, lookahead in ("likely", "drafted") and self.oracle_every == 1):
+        if not is_viewed(self.view_size, capacity, lookahead == "drafted" and self.oracle_every == 1):
             return 0
         config, slots = self.draft.config, self.view_size + self.num_draft_tokens + 2
         row = 0 if oracle_reads else 4 * config.num_hidden_layers * config.num_attention_heads * capacity
