@@ -45,6 +45,7 @@ class ModelConfig:
     linear: str = "auto"  # how weights lie in memory: torch's way, or a CPU kernel's
     draft_vocab_size: int = 0  # tokens that a draft with a full head proposes besides those in its context; 0: all
     compile: Optional[str] = None  # torch.compile's mode for short passes; None: eager
+    draft_bits: Optional[int] = None  # in which the draft's layers hold their weights, 4; None: as they come
 
 
 @dataclass
@@ -113,6 +114,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield model.linear in LINEARS, "model.linear", model.linear, f"use {', '.join(LINEARS)}"
     size = model.draft_vocab_size
     yield size >= 0, "model.draft_vocab_size", size, "use 0 (all tokens) or a number of tokens, e.g. 32768"
+    yield model.draft_bits in (None, 4), "model.draft_bits", model.draft_bits, "use null (as they come) or 4"
     known_mode = model.compile is None or model.compile in COMPILES
     yield known_mode, "model.compile", model.compile, f"use null (off), {' or '.join(COMPILES)}"
     known_device = DEVICE.fullmatch(model.device) is not None

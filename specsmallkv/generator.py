@@ -75,6 +75,7 @@ class SpecSmallKV:
         draft_view_size: int = 512,
         draft_vocab_size: int = 0,
         compile: str | None = None,
+        draft_bits: int | None = None,
     ) -> "SpecSmallKV":
         """Load a pair (hub ids, local directories or other sources of `models.py`) and a preset of conf/policy.
 
@@ -84,6 +85,7 @@ class SpecSmallKV:
         head_map_check is false. draft_view_size: tokens of its own long cache that the draft's steps read; 0: all.
         draft_vocab_size: tokens, those of the lowest ids, that it may propose besides its context's; 0: all.
         compile: torch.compile's mode for short passes, "default" or "reduce-overhead".
+        draft_bits: 4 holds the weights of the draft's layers in four bits, on a CPU.
         linear: how weights lie, "auto", "torch", or for a CPU "packed" or "blocked" (`linear.py`).
         """
         if isinstance(policy, str):
@@ -91,7 +93,7 @@ class SpecSmallKV:
         elif kv_budget is not None:
             raise UserError(f"kv_budget={kv_budget} is given beside a policy object; set it on the policy.")
         needs_draft = bool(num_draft_tokens) or policy.reads_draft
-        options = dtype, device, attention, head_map, head_map_check, linear, draft_vocab_size, compile
+        options = dtype, device, attention, head_map, head_map_check, linear, draft_vocab_size, compile, draft_bits
         config = ModelConfig(target, target, draft, *options)
         controller = Controller(view_size=draft_view_size)
         return cls(load_pair(config, need_draft=needs_draft), policy, num_draft_tokens, attention, controller)

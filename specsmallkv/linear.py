@@ -53,6 +53,11 @@ class PackedLinear(nn.Module):
         """Of the packed weights."""
         return 2 * self.in_features * self.out_features
 
+    @property
+    def read_nbytes(self) -> int:
+        """Of what one product of few rows reads."""
+        return self.nbytes
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 

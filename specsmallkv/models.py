@@ -16,6 +16,7 @@ from . import random_model, tensor_parallel
 from .compiled import check_compile, compile_pair
 from .config import DTYPES, ModelConfig, check_model_settings
 from .errors import UserError
+from .four_bits import check_bits, round_linears
 from .linear import Packed, can_pack, choose_linear, pack_linears
 from .matching import HeadMap
 from .placement import DeviceMap, device_map
@@ -48,13 +49,17 @@ class ModelPair:
     linear: str = "torch"
     compile: str | None = None
 
-    def pack(self, form: str) -> None:
-        """Replace the linear layers of both models by "packed" or "blocked" ones, which are for inference only."""
+    def pack(self, form: str, draft_bits: int | None = None) -> None:
+        """Replace linear layers by ones for inference only: the draft's by four-bit ones if draft_bits says so, others
+        by "packed" or "blocked" ones; under "torch" they stay."""
         check_compile(self.compile, self.target.device, form)
         packed: Packed = {}
         for model in filter(None, (self.target, self.draft)):
             model.specsmallkv_fingerprint = fingerprint(model)  # while it has its weights
-            pack_linears(model, form, packed)
+            if draft_bits and model is self.draft:
+                round_linears(model)
+            if form != "torch":
+                pack_linears(model, form, packed)
         self.linear = form
 
     @property
@@ -86,6 +91,7 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     split = config.device == tensor_parallel.DEVICE
     linear = linear_of(config, dtype, device)
     check_compile(config.compile, device, linear)
+    check_bits(config.draft_bits, device, config.compile is not None)
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
     target, tokenizer, origin = load_target(
@@ -94,8 +100,8 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     pair = ModelPair(target, None, tokenizer, origin, None)
     if need_draft and config.draft:
         _add_draft(pair, config, dtype, quiet)
-    if linear != "torch":
-        pair.pack(linear)
+    if linear != "torch" or config.draft_bits:
+        pair.pack(linear, config.draft_bits)
     compile_pair(pair, config.compile)
     return pair
 

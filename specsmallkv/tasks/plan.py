@@ -19,6 +19,7 @@ from ..decode import Decoder
 from ..display import Display
 from ..draft_view import is_viewed, view_dtype
 from ..errors import UserError
+from ..four_bits import check_bits, four_bit_bytes, layers_to_round
 from ..models import DRAFT_KEY, UNTRAINED, linear_of, refuse_cut, resolve_device, resolve_dtype
 from ..packed_layer import SETTLED
 from ..placement import empty_model
@@ -196,16 +197,21 @@ def kv_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype, layers: st
     return count * entry_bytes(model.config, dtype) * tokens
 
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype, form: str) -> int:
-    """Parameters as a run counts them: each once, but a packed layer holds a copy of what an embedding shares."""
-    linear = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear}
-    own = {id(p): p for m in model.modules() for p in m.parameters(recurse=False)}
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype, form: str, bits: int | None = None) -> int:
+    """Parameters as a run counts them: each once, but a packed layer holds a copy of what an embedding shares.
+
+    bits: `model.draft_bits`, of a draft.
+    """
+    few = {id(layer.weight): layer.weight for _, _, layer in layers_to_round(model)} if bits else {}
+    linear = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear and id(m.weight) not in few}
+    own = {id(p): p for m in model.modules() for p in m.parameters(recurse=False) if id(p) not in few}
     if form != "torch":
         others = (m for m in model.modules() if type(m) is not nn.Linear)
         kept = {id(p) for m in others for p in m.parameters(recurse=False)}
         own = {key: p for key, p in own.items() if key not in linear or key in kept}
     copies = 0 if form == "torch" else sum(weight.numel() for weight in linear.values())
-    return (2 if form == "packed" else dtype.itemsize) * copies + dtype.itemsize * sum(p.numel() for p in own.values())
+    plain = dtype.itemsize * sum(p.numel() for p in own.values()) + sum(four_bit_bytes(w, dtype) for w in few.values())
+    return (2 if form == "packed" else dtype.itemsize) * copies + plain
 
 
 def without_shared(draft: PreTrainedModel, head_rows: int | None) -> None:
@@ -238,6 +244,7 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, config.model.linear)
     linear = linear_of(config.model, dtype, device)
+    check_bits(config.model.draft_bits, device, config.model.compile is not None)
     num_draft_tokens = asked_for(config)["num_draft_tokens"]
     target, _, _ = on_meta(config.model.target, config.quiet)
     target_bytes, draft, draft_bytes = weight_bytes(target, dtype, linear), None, 0
@@ -254,7 +261,7 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
             without_shared(draft, head_rows or cut or None)
         elif cut:
             trim_head(draft, torch.arange(cut), keep_full=True)
-        draft_bytes = weight_bytes(draft, dtype, linear)
+        draft_bytes = weight_bytes(draft, dtype, linear, config.model.draft_bits)
     for model in filter(None, (target, draft)):
         model.to(dtype)
     view_size, every = config.speculation.draft_view_size, config.speculation.oracle_every

@@ -57,7 +57,7 @@ def linear_size(model: nn.Module | None) -> tuple[int, int]:
     if model is None:
         return 0, 0
     counts = [
-        (x.in_features * x.out_features, x.nbytes if isinstance(x, PackedLinear) else x.weight.nbytes)
+        (x.in_features * x.out_features, x.read_nbytes if isinstance(x, PackedLinear) else x.weight.nbytes)
         for x in linear_modules(model)
     ]
     return sum(count for count, _ in counts), sum(nbytes for _, nbytes in counts)

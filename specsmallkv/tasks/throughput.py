@@ -21,6 +21,7 @@ from ..controller import make_controller
 from ..decode import Decoder
 from ..display import Display
 from ..errors import UserError
+from ..four_bits import check_bits
 from ..generator import SpecSmallKV
 from ..linear import Slot, linear_layers
 from ..models import linear_of, load_pair, resolve_device, resolve_dtype
@@ -43,6 +44,7 @@ from .throughput_systems import (
     Prompt,
     Run,
     StockSystem,
+    exchanged,
     read_prompt,
 )
 
@@ -175,13 +177,15 @@ class ThroughputTask:
         dtype = str(resolved).removeprefix("torch.")
         linear = linear_of(config.model, resolved, device)
         check_compile(config.model.compile, device, linear)
-        pair = load_pair(replace(config.model, linear="torch", dtype=dtype), need_draft, config.quiet)
+        check_bits(config.model.draft_bits, device, config.model.compile is not None)
+        plain = replace(config.model, linear="torch", dtype=dtype, draft_bits=None)
+        pair = load_pair(plain, need_draft, config.quiet)
         models = [model for model in (pair.target, pair.draft) if model is not None]
         originals: list[Slot] = []
-        if linear != "torch":
+        if linear != "torch" or config.model.draft_bits:
             if any(name in (*STOCK, KVPRESS) for name in self.systems):
                 originals = [slot for model in models for slot in linear_layers(model)]
-            pair.pack(linear)
+            pair.pack(linear, config.model.draft_bits)
         if pair.draft is not None and (whole := whole_head(pair.draft)):
             originals.append((pair.draft, "lm_head", whole))
         num_draft_tokens = max(1, config.speculation.num_draft_tokens) if speculates else 0
@@ -297,13 +301,14 @@ class ThroughputTask:
             "acceptance_length": tokens / max(len(last.rounds) or last.passes * len(last.tokens), 1),
             "kv_bytes_read_per_token": last.target_kv_read / tokens,
             "draft_kv_bytes_read_per_token": last.draft_kv_read / tokens,
-            "draft_weight_bytes": pair.draft_weight_bytes if uses_draft else 0,
             "draft_kv_bytes": sum(draft.nbytes for draft in drafts),
             "peak_memory_bytes": max((run.peak_memory_bytes or 0 for run in measured.runs), default=0) or None,
             "text": pair.tokenizer.decode(last.tokens[0]),
             "token_ids": last.tokens,
         }
-        return row | roofline(machine, last, pair.target, pair.draft if uses_draft else None)
+        with exchanged(system.originals if isinstance(system, StockSystem) else []):
+            row |= {"draft_weight_bytes": pair.draft_weight_bytes if uses_draft else 0}
+            return row | roofline(machine, last, pair.target, pair.draft if uses_draft else None)
 
     def _own_figures(self, measured: Measured) -> dict[str, Any]:
         last, prompts = measured.runs[-1], measured.system.prompts
