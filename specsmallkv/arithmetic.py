@@ -7,8 +7,8 @@ import torch
 
 @cache
 def has_arithmetic(dtype: torch.dtype) -> bool:
-    """Whether oneDNN accepts such matrices here and, as far as torch tells, the CPU has instructions for them."""
-    if dtype == torch.float32:
+    """Whether oneDNN accepts such matrices here and, as far as torch tells of it, an x86 has instructions for them."""
+    if dtype.itemsize > 2:
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     accepts = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)

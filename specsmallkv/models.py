@@ -55,8 +55,10 @@ class ModelPair:
         check_compile(self.compile, self.target.device, form)
         packed: Packed = {}
         for model in filter(None, (self.target, self.draft)):
-            model.specsmallkv_fingerprint = fingerprint(model)  # while it has its weights
-            if draft_bits and model is self.draft:
+            rounds = draft_bits is not None and model is self.draft
+            if rounds or form != "torch":
+                model.specsmallkv_fingerprint = fingerprint(model)  # while it has its weights
+            if rounds:
                 round_linears(model)
             if form != "torch":
                 pack_linears(model, form, packed)
@@ -91,7 +93,8 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     split = config.device == tensor_parallel.DEVICE
     linear = linear_of(config, dtype, device)
     check_compile(config.compile, device, linear)
-    check_bits(config.draft_bits, device, config.compile is not None)
+    if need_draft:
+        check_bits(config.draft_bits, device, config.compile is not None)
     if need_draft and not config.draft:
         raise UserError(f"model {config.name} names no draft; set model.draft, or use policy=full speculation=none.")
     target, tokenizer, origin = load_target(
@@ -100,7 +103,7 @@ def load_pair(config: ModelConfig, need_draft: bool, quiet: bool = False) -> Mod
     pair = ModelPair(target, None, tokenizer, origin, None)
     if need_draft and config.draft:
         _add_draft(pair, config, dtype, quiet)
-    if linear != "torch" or config.draft_bits:
+    if linear != "torch" or (config.draft_bits and pair.draft):
         pair.pack(linear, config.draft_bits)
     compile_pair(pair, config.compile)
     return pair

@@ -25,7 +25,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def _largest(rows: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     rest = rows.shape[1] - count
     least = np.partition(rows, rest, axis=1)[:, rest : rest + 1]
-    places = np.flatnonzero(rows >= least)
+    places = np.flatnonzero(~(rows < least))  # of what is no number, too: it ranks highest
     if len(places) == len(rows) * count:  # every row has at least as many, so none has more
         return places.reshape(-1, count) - np.arange(0, rows.size, rows.shape[1])[:, None]
     return np.sort(np.argpartition(rows, rest, axis=1)[:, rest:], axis=1)

@@ -26,3 +26,12 @@ def test_a_row_is_selected_from_alone(monkeypatch):
     scores = torch.rand(5, 2, 300, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # with many ties
     together = largest(scores, 40)
     assert torch.equal(together, torch.cat([largest(row.clone(), 40) for row in scores.split(1)]))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_what_is_no_number_ranks_highest_and_a_tie_beside_it_moves_nobody(monkeypatch, order):
+    monkeypatch.setattr(ranking, "TORCH_THREADS", torch.get_num_threads() + 1)
+    rows = torch.tensor([[5.0, 4, 4, 1, 0, 0], [1, 2, 3, torch.nan, 0, 0]])[order]
+    chosen = largest(rows, 2)
+    assert chosen[order.index(1)].tolist() == [2, 3]
+    assert 0 in chosen[order.index(0)] and rows[order.index(0), chosen[order.index(0)]].tolist() == [5, 4]

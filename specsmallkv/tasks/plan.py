@@ -200,7 +200,7 @@ def kv_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype, layers: st
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype, form: str, bits: int | None = None) -> int:
     """Parameters as a run counts them: each once, but a packed layer holds a copy of what an embedding shares.
 
-    bits: `model.draft_bits`, of a draft.
+    bits: `model.draft_bits`, of a draft whose layers are counted as `four_bits.py` holds them.
     """
     few = {id(layer.weight): layer.weight for _, _, layer in layers_to_round(model)} if bits else {}
     linear = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear and id(m.weight) not in few}
@@ -244,7 +244,6 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, config.model.linear)
     linear = linear_of(config.model, dtype, device)
-    check_bits(config.model.draft_bits, device, config.model.compile is not None)
     num_draft_tokens = asked_for(config)["num_draft_tokens"]
     target, _, _ = on_meta(config.model.target, config.quiet)
     target_bytes, draft, draft_bytes = weight_bytes(target, dtype, linear), None, 0
@@ -261,6 +260,7 @@ def make_plan(config: RunConfig) -> tuple[Plan, str]:
             without_shared(draft, head_rows or cut or None)
         elif cut:
             trim_head(draft, torch.arange(cut), keep_full=True)
+        check_bits(config.model.draft_bits, device, config.model.compile is not None)
         draft_bytes = weight_bytes(draft, dtype, linear, config.model.draft_bits)
     for model in filter(None, (target, draft)):
         model.to(dtype)

@@ -177,7 +177,8 @@ class ThroughputTask:
         dtype = str(resolved).removeprefix("torch.")
         linear = linear_of(config.model, resolved, device)
         check_compile(config.model.compile, device, linear)
-        check_bits(config.model.draft_bits, device, config.model.compile is not None)
+        if need_draft:
+            check_bits(config.model.draft_bits, device, config.model.compile is not None)
         plain = replace(config.model, linear="torch", dtype=dtype, draft_bits=None)
         pair = load_pair(plain, need_draft, config.quiet)
         models = [model for model in (pair.target, pair.draft) if model is not None]
