@@ -90,6 +90,13 @@ def test_a_weight_is_off_by_half_a_level_at_most_and_groups_do_not_touch_each_ot
     assert found[4, 0].abs().max() < 1e-6
 
 
+def test_weights_that_lie_on_16_levels_stay_what_they_are():
+    levels = torch.stack([torch.randperm(GROUP) % 16 for _ in range(16)]).float()  # all of them in each group
+    weight = torch.cat((levels / 16 - 0.25, 3 - levels / 4), dim=1)
+    layer = FourBitLinear(nn.Linear(2 * GROUP, 16, bias=False), FourBitLinear.pack(weight))
+    torch.testing.assert_close(whole(layer), weight)
+
+
 def test_of_several_ranges_each_group_takes_the_one_with_the_least_error(monkeypatch):
     weight = torch.randn(16, 8 * GROUP, generator=torch.Generator().manual_seed(0))
 
@@ -130,7 +137,7 @@ def test_the_target_keeps_its_weights_and_a_full_cache_its_text(form):
         kinds = {type(m) for m in spec.pair.target.modules()}
         assert FourBitLinear not in kinds and spec.pair.linear == form
         assert (FourBitLinear in {type(m) for m in spec.pair.draft.modules()}) == bool(bits)
-        assert bool(bits) or form == "torch" or type(spec.pair.draft.lm_head) is not nn.Linear
+        assert (type(spec.pair.draft.lm_head) is nn.Linear) == (form == "torch")
     assert texts[0] == texts[1]
 
 
@@ -143,6 +150,14 @@ def test_bytes_are_those_that_a_run_loads(linear_, dtype, size, tmp_path):
     plan = planned(*asked)
     assert plan["draft_weight_bytes"] == run["draft_weight_bytes"] < planned(*asked[:4])["draft_weight_bytes"]
     assert plan["target_weight_bytes"] == run["target_weight_bytes"]
+
+
+def test_a_distilled_draft_keeps_its_own_output_layer_and_is_counted_as_loaded():
+    pair = SpecSmallKV.from_preset(draft_bits=4).pair
+    plan = run_task("+model=smollm2-135m", "model.draft_bits=4", "task=plan", "task.context_tokens=100", "quiet=true")
+    assert plan["draft_weight_bytes"] == pair.draft_weight_bytes
+    assert plan["target_weight_bytes"] == pair.target_weight_bytes
+    assert FourBitLinear not in {type(module) for module in pair.draft.lm_head.modules()}
 
 
 def test_a_drafting_step_reads_the_kernels_codes_alone():
@@ -179,6 +194,14 @@ def test_what_cannot_be_had_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr("specsmallkv.four_bits.torch.ops.aten", object())
     with pytest.raises(UserError, match=r"draft_bits=4 needs a torch with products of four-bit weights .*2\.6"):
         check_bits(4, CPU, False)
+
+
+def test_what_keeps_its_weights_is_not_fingerprinted_for_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr("specsmallkv.models.fingerprint", asked.append)
+    options = {"policy": "full", "dtype": "float32", "device": "cpu", "linear": "torch"}
+    pair = SpecSmallKV.from_pretrained(*PAIR, draft_bits=4, **options).pair
+    assert len(asked) == 1 and asked[0] is pair.draft
 
 
 def test_without_a_draft_nothing_is_rounded_or_refused(monkeypatch):
