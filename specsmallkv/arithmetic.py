@@ -1,6 +1,7 @@
 """Which 16-bit types a CPU multiplies; others torch multiplies several times more slowly."""
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -14,5 +15,5 @@ def has_arithmetic(dtype: torch.dtype) -> bool:
     accepts = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     if accepts is not None and not accepts():
         return False
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return told.get("architecture") != "x86_64" or bool(told.get(f"avx512_{name}") or told.get(f"amx_{name}"))

@@ -202,7 +202,8 @@ def weight_bytes(model: PreTrainedModel, dtype: torch.dtype, form: str, bits: in
 
     bits: `model.draft_bits`, of a draft whose layers are counted as `four_bits.py` holds them.
     """
-    few = {id(layer.weight): layer.weight for _, _, layer in layers_to_round(model)} if bits else {}
+    slots = layers_to_round(model) if bits else []
+    few = {id(layer.weight): layer.weight for _, _, layer in slots if isinstance(layer, nn.Linear)}
     linear = {id(m.weight): m.weight for m in model.modules() if type(m) is nn.Linear and id(m.weight) not in few}
     own = {id(p): p for m in model.modules() for p in m.parameters(recurse=False) if id(p) not in few}
     if form != "torch":
