@@ -19,9 +19,7 @@ from .attention_form import refuse_windows, softcap_of
 from .errors import UserError
 
 FOLD_LIMIT = 64  # longest query block whose group is folded into the query axis; beyond it the mask costs more
-LONG = (
-    1024  # values from which, on CPUs that multiply their type, a product is faster than with a float32 copy of them
-)
+LONG = 1024  # values; from so many on a CPU that multiplies their type is faster without a float32 copy of them
 MASS_BLOCK = 2**20  # probabilities that exist at once; bounds scratch, not the result
 
 

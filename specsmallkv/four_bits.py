@@ -20,7 +20,7 @@ from .linear import PackedLinear, Slot, linear_layers
 GROUP = 32
 ROWS_OF_KERNEL = 16  # its blocks of output features
 RANGES = (1.0, 0.9, 0.8)  # of a group's weights, what of it the 16 levels span
-MANY = 256  # rows from which a copy of the weights costs less than the kernel; measured: 130 to 260
+MANY = 256  # rows from which a copy of some million weights costs less than the kernel
 BLOCK = 2**20  # weights that are copied, or rounded, at once; bounds scratch, not the result
 
 

@@ -1,6 +1,6 @@
 """The largest of many scores. On CPUs numpy selects with vector instructions, torch one row per thread.
 
-numpy finds the least of them by their values alone, which is several times faster than moving positions along; a scan
+numpy finds the least of them by their values alone, which is faster than moving positions along; a scan
 for what is not below it gives positions in order. Where scores are equal there that may be too many.
 """
 
